@@ -1,0 +1,492 @@
+"""The HTTP interface of a node: Falcon resources that translate requests and answers, and nothing else."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qsl
+
+import falcon
+import orjson
+
+from s4.errors import (
+    BadRequestError,
+    BusyError,
+    CancelledError,
+    CommandError,
+    ConflictError,
+    MissingError,
+    S4Error,
+    StoppingError,
+    TimeLimitError,
+    TransferError,
+    WorkerDiedError,
+    WrongNodeError,
+)
+from s4.exchange import MAX_BATCH_KEYS
+from s4.http import EXITCODE_HEADER, FINGERPRINT_HEADER, STDERR_SIZE_HEADER
+from s4.index.keys import ListRow
+from s4.jobs import MAP, MAP_FROM_N, MAP_TO_N
+from s4.node import Evaluation, Node
+from s4.streams import BLOCK
+from s4.transfers import Prepared
+
+# The one place where errors become statuses; a class that is not here takes its base's, in the end 500.
+STATUSES: dict[type[S4Error], int] = {
+    BadRequestError: 400,
+    TransferError: 400,
+    CommandError: 400,
+    CancelledError: 400,
+    TimeLimitError: 400,
+    WorkerDiedError: 500,
+    MissingError: 404,
+    ConflictError: 409,
+    BusyError: 429,
+    StoppingError: 503,
+    S4Error: 500,
+}
+RETRY_AFTER_SECONDS = 1
+
+log = logging.getLogger("s4.http")
+
+
+def make_app(node: Node) -> "falcon.App[falcon.Request, falcon.Response]":
+    """The WSGI application of a node."""
+    app = falcon.App(middleware=[_Gatekeeper(node)], media_type=falcon.MEDIA_TEXT)
+    app.add_error_handler(Exception, _answer_unexpected)
+    app.add_error_handler(falcon.HTTPError, _answer_http_error)
+    app.add_error_handler(S4Error, _answer_error)
+    app.add_route("/health", Health())
+    app.add_route("/list", List(node))
+    app.add_route("/list_buckets", Buckets(node))
+    app.add_route("/delete", Delete(node))
+    app.add_route("/prepare_put", PreparePut(node))
+    app.add_route("/confirm_put", ConfirmPut(node))
+    app.add_route("/prepare_get", PrepareGet(node))
+    app.add_route("/confirm_get", ConfirmGet(node))
+    app.add_route("/prepare_puts", PreparePuts(node))
+    app.add_route("/confirm_puts", ConfirmPuts(node))
+    app.add_route("/prepare_gets", PrepareGets(node))
+    app.add_route("/eval", Eval(node))
+    app.add_route("/map", Job(node, MAP))
+    app.add_route("/map_to_n", Job(node, MAP_TO_N))
+    app.add_route("/map_from_n", Job(node, MAP_FROM_N))
+    app.add_route("/cancel", Cancel(node))
+    return app
+
+
+def status_of(error: S4Error) -> int:
+    """The HTTP status of an error."""
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+
+
+def _answer_error(
+    _req: falcon.Request, resp: falcon.Response, error: S4Error, _params: dict[str, Any]
+) -> None:
+    status = status_of(error)
+    resp.status = status
+    resp.text = str(error).encode("utf-8", "backslashreplace").decode()
+    if status in (429, 503):
+        resp.set_header("Retry-After", str(RETRY_AFTER_SECONDS))
+
+
+def _answer_http_error(
+    _req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, _params: dict[str, Any]
+) -> None:
+    resp.status = error.status
+    resp.text = f"{error.title}: {error.description}" if error.description else str(error.title)
+    for name, value in dict(error.headers or {}).items():
+        resp.set_header(name, value)
+
+
+def _answer_unexpected(
+    req: falcon.Request, resp: falcon.Response, error: Exception, _params: dict[str, Any]
+) -> None:
+    log.error("%s %s failed", req.method, req.relative_uri, exc_info=error)
+    resp.status = 500
+    resp.text = f"internal error: {error!r}; the log of the node has more"
+
+
+class _Gatekeeper:
+    """Refuses callers with another conf, tells them ours, and logs one line a request."""
+
+    def __init__(self, node: Node) -> None:
+        self._fingerprint = node.conf.fingerprint
+        self._server = node.conf.servers[node.position]
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        req.context.began = time.monotonic()
+        resp.set_header(FINGERPRINT_HEADER, self._fingerprint)
+        theirs = req.get_header(FINGERPRINT_HEADER)
+        if theirs is not None and theirs != self._fingerprint:
+            raise WrongNodeError(
+                f"{self._server} belongs to another cluster: its conf lists other servers, or in another order"
+            )
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, _resource: object, _succeeded: bool
+    ) -> None:
+        milliseconds = (time.monotonic() - req.context.began) * 1000
+        log.info("%s %s %s %.1fms", req.method, req.relative_uri, falcon.code_to_http_status(resp.status)[:3], milliseconds)
+
+
+class Health:
+    """GET /health: 200 `healthy`; 400 for a caller whose conf differs."""
+
+    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        resp.text = "healthy"
+
+
+class List:
+    """GET /list?prefix=&recursive=: JSON rows [date, time, size, path], a folder ["", "", "PRE", "name/"].
+
+    Sorted by path, one row a line. Paths are relative to the folder of the prefix, or if recursive to the
+    bucket. Times are local to the node.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        prefix = given.get("prefix", "").removeprefix("s4://")
+        recursive = _flag(given, "recursive")
+        chunks = self._node.list(prefix, recursive=recursive)
+        if recursive:
+            cut = prefix.find("/") + 1 if prefix else 0
+            cut = cut or (len(prefix) + 1 if prefix else 0)
+        else:
+            cut = prefix.rfind("/") + 1
+        resp.content_type = falcon.MEDIA_JSON
+        resp.stream = _json_rows(chunks, cut)
+
+
+class Buckets:
+    """GET /list_buckets: as /list, path = bucket, size = bytes of its keys on this node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        resp.content_type = falcon.MEDIA_JSON
+        resp.stream = _json_rows(self._node.list("", recursive=False), 0)
+
+
+def _json_rows(chunks: Iterator[list[ListRow]], cut: int) -> Iterator[bytes]:
+    stamps: dict[int, tuple[str, str]] = {}  # many keys are made in the same second
+    separator = b"[\n"
+    for chunk in chunks:
+        lines = []
+        for path, size, created_s in chunk:
+            if size is None:
+                lines.append(orjson.dumps(("", "", "PRE", path[cut:])))
+                continue
+            stamp = stamps.get(created_s)
+            if stamp is None:
+                if len(stamps) > 10_000:
+                    stamps.clear()
+                day, clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_s)).split()
+                stamp = stamps[created_s] = (day, clock)
+            lines.append(orjson.dumps((*stamp, str(size), path[cut:])))
+        if lines:
+            yield separator + b",\n".join(lines)
+            separator = b",\n"
+    yield b"\n]" if separator == b",\n" else b"[]"
+
+
+class Delete:
+    """POST /delete?prefix=&recursive=: removes one key (404 if it is missing) or all that start so."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        self._node.delete(_needed(given, "prefix"), recursive=_flag(given, "recursive"))
+        resp.text = "deleted"
+
+
+class PreparePut:
+    """POST /prepare_put?key=[&size=]: `UUID PORT`; the bytes then go raw to PORT.
+
+    With `size` in bytes the disk space is reserved beforehand and exactly so many are read; without it all
+    until the sender closes its side.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        path = self._node.own_key(_needed(given, "key"))
+        size = _number(given, "size") if "size" in given else None
+        prepared = _single(self._node.transfers.prepare_put([(path, size)], _peer(req)))
+        resp.text = f"{prepared.uuid} {prepared.port}"
+
+
+class ConfirmPut:
+    """POST /confirm_put?uuid=&checksum=: 200 once the key is stored and visible."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        uuid, checksum = _needed(given, "uuid"), _needed(given, "checksum")
+        for error in self._node.transfers.confirm_put(uuid, [checksum]):
+            if error is not None:
+                raise error
+        resp.text = "stored"
+
+
+class PrepareGet:
+    """POST /prepare_get?key=[&port=]: `UUID PORT` to read the bytes from, or with `port` (of the caller,
+    to which the node connects) `UUID`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        path = self._node.own_key(_needed(given, "key"))
+        port = _number(given, "port", 65535) if "port" in given else None
+        prepared = _single(self._node.transfers.prepare_get([path], _peer(req), port, confirmed=True))
+        resp.text = prepared.uuid if port is not None else f"{prepared.uuid} {prepared.port}"
+
+
+class ConfirmGet:
+    """POST /confirm_get?uuid=&checksum=: 200 only if the checksum is the stored one."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        self._node.transfers.confirm_get(_needed(given, "uuid"), _needed(given, "checksum"))
+        resp.text = "confirmed"
+
+
+class PreparePuts:
+    """POST /prepare_puts, body [[key, size], …], at most 200: {"uuid", "port", "refused"}.
+
+    `refused` has per key null or [status, reason]. The bytes of the others follow each other on one
+    connection to `port`, in order.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        body = _json_list(req)
+        if not all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_size(entry[1])
+            for entry in body
+        ):
+            raise BadRequestError("the body must be a JSON list of [key, size in bytes]")
+        entries = [(self._node.own_key(key), size) for key, size in body]
+        _answer_prepared(resp, self._node.transfers.prepare_put(entries, _peer(req)))
+
+
+class ConfirmPuts:
+    """POST /confirm_puts?uuid=, body [checksum, …] of the keys that were sent: {"refused"} as above."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        uuid = _needed(_parameters(req), "uuid")
+        checksums = _strings(_json_list(req))
+        refused = self._node.transfers.confirm_put(uuid, checksums)
+        resp.content_type = falcon.MEDIA_JSON
+        resp.data = orjson.dumps({"refused": _refusals(refused)})
+
+
+class PrepareGets:
+    """POST /prepare_gets, body [key, …], at most 200: {"uuid", "port", "refused", "files"}.
+
+    `files` are [bytes, checksum] of the keys that are there; their bytes follow each other on one connection
+    to `port`. Nothing is to be confirmed: the caller compares the checksums.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        paths = [self._node.own_key(key) for key in _strings(_json_list(req))]
+        _answer_prepared(resp, self._node.transfers.prepare_get(paths, _peer(req), confirmed=False))
+
+
+def _answer_prepared(resp: falcon.Response, prepared: Prepared) -> None:
+    resp.content_type = falcon.MEDIA_JSON
+    resp.data = orjson.dumps(
+        {
+            "uuid": prepared.uuid,
+            "port": prepared.port,
+            "refused": _refusals(prepared.refused),
+            "files": prepared.files,
+        }
+    )
+
+
+class Eval:
+    """POST /eval?key=, body = command: 200 and its stdout; 400 with JSON {"exitcode", "stdout", "stderr"}.
+
+    With `raw=true` the body is always stdout followed by stderr, byte for byte, and headers tell the exit
+    code and the length of stderr. `timeout` is the time limit in seconds.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = _parameters(req)
+        command = os.fsdecode(req.bounded_stream.read())
+        abandoned: Callable[[], bool] = req.env.get("waitress.client_disconnected", lambda: False)
+        done = self._node.evaluate(
+            _needed(given, "key"),
+            command,
+            given.get("job", ""),
+            _seconds(given.get("timeout"), self._node.limits.timeout),
+            abandoned,
+        )
+        resp.status = 200 if done.exitcode == 0 else 400
+        if _flag(given, "raw"):
+            resp.content_type = "application/octet-stream"
+            resp.set_header(EXITCODE_HEADER, str(done.exitcode))
+            resp.set_header(STDERR_SIZE_HEADER, str(done.stderr_size))
+            resp.content_length = done.stdout_size + done.stderr_size
+            resp.stream = _blocks(done.stdout, done.stderr)
+        elif done.exitcode == 0:
+            os.close(done.stderr)
+            resp.content_type = "application/octet-stream"
+            resp.content_length = done.stdout_size
+            resp.stream = _blocks(done.stdout)
+        else:
+            resp.content_type = falcon.MEDIA_JSON
+            resp.data = _failed_evaluation(done)
+
+
+def _failed_evaluation(done: Evaluation) -> bytes:
+    stdout = b"".join(_blocks(done.stdout)).decode("utf-8", "replace")
+    stderr = b"".join(_blocks(done.stderr)).decode("utf-8", "replace")
+    return orjson.dumps({"exitcode": done.exitcode, "stdout": stdout, "stderr": stderr})
+
+
+def _blocks(*fds: int) -> Iterator[bytes]:
+    """The bytes of open files, which are closed at the end."""
+    try:
+        for fd in fds:
+            while block := os.read(fd, BLOCK):
+                yield block
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+class Job:
+    """POST /map, /map_to_n, /map_from_n, body {"cmd", "indir", "outdir"}: runs this node's share.
+
+    Optional: "job", an id that is the same on all nodes (needed to cancel; the same id twice is one job),
+    and "timeout" in seconds for each command. Answers JSON {"tasks": N}, or 4xx with what failed.
+    """
+
+    def __init__(self, node: Node, kind: str) -> None:
+        self._node = node
+        self._kind = kind
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        try:
+            # Not orjson: a command may hold bytes that are no UTF-8, as lone surrogates.
+            body = json.loads(req.bounded_stream.read())
+            command, indir = body["cmd"], body["indir"]
+            outdir = body["outdir"] if "outdir" in body else body["outidr"]  # as an older client spells it
+            job_id, timeout = body.get("job", ""), body.get("timeout")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BadRequestError('the body must be JSON {"cmd", "indir", "outdir"}') from None
+        if not all(isinstance(text, str) for text in (command, indir, outdir, job_id)):
+            raise BadRequestError('"cmd", "indir", "outdir" and "job" must be strings')
+        seconds = _seconds(timeout, self._node.limits.timeout)
+        tasks = self._node.run_job(self._kind, indir, outdir, command, job_id, seconds)
+        resp.content_type = falcon.MEDIA_JSON
+        resp.data = orjson.dumps({"tasks": tasks})
+
+
+class Cancel:
+    """POST /cancel?job=: ends this node's share of a job and all that it runs; 404 for an unknown job."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._node.jobs.cancel(_needed(_parameters(req), "job"))
+        resp.text = "cancelled"
+
+
+def _parameters(req: falcon.Request) -> dict[str, str]:
+    # Falcon would replace bytes that are no UTF-8; here they stay, and the key rules refuse them.
+    return dict(parse_qsl(req.query_string, keep_blank_values=True, errors="surrogateescape"))
+
+
+def _needed(given: dict[str, str], name: str) -> str:
+    try:
+        return given[name]
+    except KeyError:
+        raise BadRequestError(f"the parameter {name!r} is missing") from None
+
+
+def _flag(given: dict[str, str], name: str) -> bool:
+    return given.get(name, "").lower() in ("true", "1", "yes")
+
+
+def _number(given: dict[str, str], name: str, most: int = 2**62) -> int:
+    text = given[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise BadRequestError(f"{name}={text!r}: a whole number is needed")
+    return int(text)
+
+
+def _seconds(given: object, default: float) -> float:
+    try:
+        seconds = default if given is None else float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise BadRequestError(f"timeout={given!r}: a positive number of seconds is needed")
+    return seconds
+
+
+def _json_list(req: falcon.Request) -> list[Any]:
+    try:
+        body = orjson.loads(req.bounded_stream.read())
+    except ValueError:
+        body = None
+    if not isinstance(body, list) or not 0 < len(body) <= MAX_BATCH_KEYS:
+        raise BadRequestError(f"the body must be a JSON list of 1 to {MAX_BATCH_KEYS} entries")
+    return body
+
+
+def _strings(body: list[Any]) -> list[str]:
+    if not all(isinstance(text, str) for text in body):
+        raise BadRequestError("the body must be a JSON list of strings")
+    return body
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _single(prepared: Prepared) -> Prepared:
+    for error in prepared.refused:
+        if error is not None:
+            raise error
+    return prepared
+
+
+def _refusals(errors: list[S4Error | None]) -> list[tuple[int, str] | None]:
+    return [None if error is None else (status_of(error), str(error)) for error in errors]
+
+
+def _peer(req: falcon.Request) -> str:
+    return str(req.env["REMOTE_ADDR"])

@@ -1,0 +1,143 @@
+"""The conf file: which servers make up the ring, in which order."""
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+from s4.errors import ConfError
+
+CONF_ENVIRONMENT = "S4_CONF_PATH"
+DEFAULT_CONF = "~/.s4.conf"
+DEFAULT_SERVER = "127.0.0.1:8080"
+
+TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
+DEFAULT_TIMEOUT = 300.0
+
+_LINE = re.compile(r"(\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server of the ring."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Conf:
+    """The ring: its servers in the conf's order, and where they were read."""
+
+    servers: tuple[Server, ...]
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two confs if and only if they place every key alike: same servers, same order."""
+        from s4.keys import name_hash
+
+        return format(name_hash("\n".join(map(str, self.servers))), "016x")
+
+
+def read_conf(path: str | None = None) -> Conf:
+    """Read the conf file: `path`, else the one that S4_CONF_PATH names, else ~/.s4.conf, else the default.
+
+    Raises ConfError, with file and line number, for a file that is missing though it was named, unreadable,
+    empty, or has a bad or repeated line.
+    """
+    named = path or os.environ.get(CONF_ENVIRONMENT)
+    source = named or os.path.expanduser(DEFAULT_CONF)
+    try:
+        with open(source, "rb") as f:
+            lines = f.read().split(b"\n")
+    except FileNotFoundError:
+        if named:
+            raise ConfError(f"conf file {source} does not exist") from None
+        return Conf((parse_server(DEFAULT_SERVER),), "the built-in default")
+    except OSError as e:
+        raise ConfError(f"conf file {source} cannot be read: {e.strerror}") from e
+    servers: list[Server] = []
+    for number, raw in enumerate(lines, 1):
+        line = raw.split(b"#")[0].strip().decode("utf-8", "backslashreplace")
+        if not line:
+            continue
+        try:
+            server = parse_server(line)
+        except ValueError as e:
+            raise ConfError(f"conf file {source}, line {number}: {e}") from None
+        if server in servers:
+            raise ConfError(f"conf file {source}, line {number}: {server} is there twice")
+        servers.append(server)
+    if not servers:
+        raise ConfError(f"conf file {source} is empty: write one host:port a line")
+    return Conf(tuple(servers), source)
+
+
+def parse_server(text: str) -> Server:
+    """Parse `host:port` or `[v6]:port`. Raises ValueError with the reason."""
+    match = _LINE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not host:port")
+    host, port = match["v6"] or match["host"], int(match["port"])
+    if match["v6"]:
+        try:
+            socket.inet_pton(socket.AF_INET6, host)
+        except OSError:
+            raise ValueError(f"{text!r}: {host!r} is not an IPv6 address") from None
+    if not 1 <= port <= 65535:
+        raise ValueError(f"{text!r}: the port must be from 1 to 65535")
+    return Server(host.lower(), port)
+
+
+def own_position(conf: Conf, port: int | None) -> int:
+    """The position in the ring of this machine: the line whose host is an address of it.
+
+    `port` chooses among several local lines. Raises ConfError if no line or more than one fits.
+    """
+    local = [
+        i
+        for i, server in enumerate(conf.servers)
+        if (port is None or server.port == port) and local_address(server.host)
+    ]
+    which = f" with port {port}" if port is not None else ""
+    if not local:
+        raise ConfError(f"{conf.source}: no line{which} is an address of this machine")
+    if len(local) > 1:
+        names = ", ".join(str(conf.servers[i]) for i in local)
+        hint = "choose one with --port" if port is None else "name each server once"
+        raise ConfError(f"{conf.source}: {names} are all this machine: {hint}")
+    return local[0]
+
+
+def local_address(host: str) -> str | None:
+    """The address of this machine that a host name stands for, None if it is no address of it."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, kind, proto, _name, address in found:
+        with socket.socket(family, kind, proto) as probe:
+            try:
+                probe.bind(address)  # only an address of this machine can be bound
+            except OSError:
+                continue
+            return str(address[0])
+    return None
+
+
+def timeout_setting() -> float:
+    """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is not a positive number."""
+    text = os.environ.get(TIMEOUT_ENVIRONMENT)
+    if not text:
+        return DEFAULT_TIMEOUT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds < float("inf"):
+        raise ConfError(f"{TIMEOUT_ENVIRONMENT}={text}: a positive number of seconds is needed")
+    return seconds

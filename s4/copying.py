@@ -1,0 +1,400 @@
+"""cp: which local file becomes which key or the other way round, and moving them, many at once.
+
+Files for one server travel in batches. A download is written beside its place and renamed, so that nothing
+half-written is ever seen under its name.
+"""
+
+import contextlib
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from s4.errors import BadRequestError, LocalFileError, MissingError, S4Error, TransferError
+from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS, get_batch, get_one, put_batch, put_one
+from s4.keys import SCHEME, name_of, parse_key, parse_prefix, url
+from s4.streams import Incoming, preallocate, send_hashed
+
+if TYPE_CHECKING:
+    import socket
+
+    from s4.client import Client
+    from s4.http import Caller
+
+THREADS_PER_SERVER = 2
+MAX_THREADS = 16
+
+
+class Item(NamedTuple):
+    """One file to copy: its local path, the path of its key, and its size in bytes."""
+
+    file: str
+    path: str
+    size: int
+
+
+class CopyError(S4Error):
+    """Some files of a recursive copy failed: `failures` are lines that name each."""
+
+    def __init__(self, failures: list[str], total: int) -> None:
+        super().__init__(f"{len(failures)} of {total} files were not copied")
+        self.failures = failures
+
+
+def copy(client: "Client", src: str, dst: str, recursive: bool) -> None:
+    """What `Client.cp` does."""
+    if src.startswith(SCHEME) and dst.startswith(SCHEME):
+        raise BadRequestError("both sides are s4: there is no move, there is only cp and rm")
+    if not src.startswith(SCHEME) and not dst.startswith(SCHEME):
+        raise BadRequestError("one side must be s4://BUCKET/…")
+    if recursive and "-" in (src, dst):
+        raise BadRequestError("'-' is a single file: leave -r out")
+    if dst.startswith(SCHEME):
+        if recursive and os.path.isdir(src):
+            _put_folder(client, src, dst)
+        else:
+            _put(client, src, dst)
+    elif recursive:
+        _get_folder(client, src, dst)
+    else:
+        _get(client, src, dst)
+
+
+def _put(client: "Client", src: str, dst: str) -> None:
+    if dst.endswith("/"):
+        if src == "-":
+            raise BadRequestError(f"{dst} is a folder, and stdin has no name: write s4://BUCKET/KEY")
+        dst += os.path.basename(os.path.normpath(src))
+    path = parse_key(dst)
+    with _local_errors(src):
+        source = 0 if src == "-" else os.open(src, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(source)
+            if stat.S_ISDIR(status.st_mode):
+                raise LocalFileError(f"{src} is a folder: use cp -r")
+            # Files of /proc claim to be empty; pipes and a stdin that was read from have no size either.
+            size = status.st_size if src != "-" and stat.S_ISREG(status.st_mode) else 0
+            with client.caller(client.server_of(path)) as caller:
+                put_one(caller, path, source, size or None, src)
+        finally:
+            if source != 0:
+                os.close(source)
+
+
+def _get(client: "Client", src: str, dst: str) -> None:
+    path = parse_key(src)
+    with client.caller(client.server_of(path)) as caller:
+        if dst == "-":
+            sys.stdout.flush()
+            get_one(caller, path, 1)
+            return
+        if dst.endswith("/") or dst in (".", ".."):
+            dst = os.path.join(dst, name_of(path))
+        if os.path.isdir(dst):
+            raise LocalFileError(f"{dst} is a folder: write {dst}/ to copy into it")
+        with _arriving(dst) as target:
+            get_one(caller, path, target)
+
+
+@contextlib.contextmanager
+def _arriving(dst: str) -> Iterator[int]:
+    """A descriptor for the bytes of `dst`, which appears, whole, when the block ends well.
+
+    Missing folders are made, and removed again on failure. Raises LocalFileError.
+    """
+    place = os.path.realpath(dst)
+    made: list[str] = []
+    temporary = ""
+    with _local_errors(dst):
+        if os.path.exists(place) and not os.path.isfile(place):  # such as /dev/null or a named pipe
+            target = os.open(place, os.O_WRONLY | os.O_CLOEXEC)
+        else:
+            made = _make_folders(os.path.dirname(place))
+            name = f".s4-{os.getpid()}-{threading.get_ident()}"
+            temporary = os.path.join(os.path.dirname(place), name)
+            try:
+                target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except OSError:
+                _remove_folders(made)
+                raise
+        try:
+            yield target
+            if temporary:
+                os.rename(temporary, place)
+                temporary, made = "", []
+        finally:
+            os.close(target)
+            if temporary:
+                os.unlink(temporary)
+            _remove_folders(made)
+
+
+def _make_folders(folder: str) -> list[str]:
+    """Make a folder and its parents; returns those that were made, the innermost first."""
+    missing = []
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        parent = os.path.dirname(folder)
+        if parent == folder:
+            break
+        folder = parent
+    for made in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another thread was first; a file there fails later
+            os.mkdir(made)
+    return missing
+
+
+def _remove_folders(made: list[str]) -> None:
+    for folder in made:
+        with contextlib.suppress(OSError):  # somebody put something into it
+            os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _local_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise LocalFileError(f"{name}: {e.strerror or e}") from e
+
+
+def _put_folder(client: "Client", src: str, dst: str) -> None:
+    folder = parse_prefix(dst)
+    if folder and not folder.endswith("/"):
+        folder += "/"
+    failures: list[str] = []
+    items: list[Item] = []
+    refused: list[str] = []
+    for file, below in _local_files(src, failures):
+        try:
+            items.append(Item(file, parse_key(folder + below), os.stat(file).st_size))
+        except S4Error as e:
+            refused.append(f"{file}: {e}")
+        except OSError as e:
+            failures.append(f"{file}: {e.strerror}")
+    if refused:  # a rule is broken: nothing is created at all
+        raise CopyError(refused + failures, len(items) + len(refused) + len(failures))
+    _Crew(client, _put_items, failures).run(items)
+
+
+def _local_files(top: str, failures: list[str]) -> Iterator[tuple[str, str]]:
+    """(file, path below `top`) of all files, links followed; what is neither file nor folder is a failure."""
+    pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(top, "", frozenset())]
+    while pending:
+        folder, below, above = pending.pop()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as e:
+            failures.append(f"{folder}: {e.strerror}")
+            continue
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            failures.append(f"{folder}: a symbolic link to a folder above it")
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                pending.append((entry.path, f"{below}{entry.name}/", above | {identity}))
+            elif entry.is_file():
+                yield entry.path, below + entry.name
+            else:
+                what = "a broken symbolic link" if entry.is_symlink() else "not a file"
+                failures.append(f"{entry.path}: {what}")
+
+
+def _get_folder(client: "Client", src: str, dst: str) -> None:
+    prefix = parse_prefix(src)
+    if not prefix:
+        raise BadRequestError("cp -r needs at least a bucket: s4://BUCKET/")
+    bucket, slash, _rest = prefix.partition("/")
+    if not slash:
+        prefix += "/"
+    if os.path.exists(dst) and not os.path.isdir(dst):
+        raise LocalFileError(f"{dst} is not a folder")
+    # To `.` the last folder of the prefix comes along, unless it is the bucket.
+    keep = prefix.rstrip("/").rfind("/") + 1 if os.path.normpath(dst) == "." else len(prefix)
+    keep = keep or len(prefix)
+    items = []
+    for entry in client.ls(url(prefix), recursive=True):
+        path = parse_key(f"{bucket}/{entry.path}")
+        below = path[keep:]
+        if keep == len(prefix) and not prefix.endswith("/"):
+            below = below[1:] if below.startswith("/") else path[prefix.rfind("/") + 1 :]
+        items.append(Item(os.path.join(dst, below), path, int(entry.size)))
+    if not items:
+        raise MissingError(f"no key starts with {url(prefix)}")
+    _Crew(client, _get_items, []).run(items)
+
+
+class _Move(Protocol):
+    def __call__(self, caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None: ...
+
+
+class _Crew:
+    """Threads that copy batches of items, a few for each server."""
+
+    def __init__(self, client: "Client", move: _Move, failures: list[str]) -> None:
+        self._client = client
+        self._move = move
+        self._failures = failures
+        self._failed_before = len(failures)
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._active: set[Caller] = set()
+        self._errors: list[BaseException] = []
+
+    def run(self, items: list[Item]) -> None:
+        """Copy all; raises CopyError, with a line for each file that failed."""
+        batches = _batches(self._client, items)
+        count = max(1, min(MAX_THREADS, THREADS_PER_SERVER * len(self._client.servers()), len(items)))
+        with _progress(len(items), sum(item.size for item in items)) as advance:
+            threads = [
+                threading.Thread(target=self._work, args=(batches, advance), daemon=True)
+                for _ in range(count)
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except BaseException:
+                self._stop()
+                for thread in threads:
+                    thread.join(5)
+                raise
+        if self._errors:
+            raise self._errors[0]
+        if self._failures:
+            raise CopyError(self._failures, len(items) + self._failed_before)
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            for caller in self._active:
+                caller.abort()
+
+    def _work(
+        self, batches: Iterator[tuple[str, list[Item]]], advance: Callable[[list[Item]], None]
+    ) -> None:
+        callers: dict[str, Caller] = {}
+        try:
+            while True:
+                with self._lock:
+                    batch = None if self._stopping else next(batches, None)
+                    if batch is None:
+                        break
+                    server, items = batch
+                    caller = callers.get(server) or self._client.caller(server)
+                    callers[server] = caller
+                    self._active.add(caller)
+                try:
+                    self._move(caller, items, self._fail)
+                except S4Error as e:
+                    for item in items:
+                        self._fail(item, str(e))
+                advance(items)
+        except BaseException as e:
+            with self._lock:
+                self._errors.append(e)
+                self._stopping = True
+        finally:
+            for caller in callers.values():
+                caller.close()
+
+    def _fail(self, item: Item, reason: str) -> None:
+        named = reason if item.file in reason else f"{item.file}: {reason}"
+        with self._lock:
+            if not self._stopping:
+                self._failures.append(named)
+
+
+def _batches(client: "Client", items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
+    """Items by the server that owns them, in batches."""
+    gathered: dict[str, list[Item]] = {server: [] for server in client.servers()}
+    sizes = dict.fromkeys(gathered, 0)
+    for item in items:
+        server = client.server_of(item.path)
+        if gathered[server] and sizes[server] + item.size > MAX_BATCH_BYTES:
+            yield server, gathered[server]
+            gathered[server], sizes[server] = [], 0
+        gathered[server].append(item)
+        sizes[server] += item.size
+        if len(gathered[server]) == MAX_BATCH_KEYS:
+            yield server, gathered[server]
+            gathered[server], sizes[server] = [], 0
+    for server, rest in gathered.items():
+        if rest:
+            yield server, rest
+
+
+def _put_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:
+    unread: set[int] = set()
+
+    def send(sock: "socket.socket", index: int) -> str:
+        item = items[index]
+        sent, checksum = 0, ""
+        try:
+            fd = os.open(item.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                sent, checksum = send_hashed(sock, fd, item.size)
+            finally:
+                os.close(fd)
+            if sent != item.size:
+                failed(item, "the file became shorter while it was sent")
+        except OSError as e:
+            failed(item, f"{item.file}: {e.strerror}")
+        if sent == item.size and checksum:
+            return checksum
+        unread.add(index)
+        _fill(sock, item.size - sent)
+        return ""
+
+    refused = put_batch(caller, [(item.path, item.size) for item in items], send)
+    for i, error in enumerate(refused):
+        if error is not None and i not in unread:
+            failed(items[i], str(error))
+
+
+def _fill(sock: "socket.socket", size: int) -> None:
+    """Send something in place of a file that cannot be read, so that the others of its batch arrive."""
+    if size > MAX_BATCH_BYTES:
+        raise TransferError("a large file could not be read")
+    sock.sendall(bytes(size))
+
+
+def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:
+    def receive(incoming: Incoming, index: int, size: int, checksum: str) -> None:
+        item = items[index]
+        before = incoming.taken
+        try:
+            with _arriving(item.file) as target:
+                preallocate(target, size)
+                arrived, found = incoming.copy(target, size)
+                if arrived != size:
+                    raise TransferError(f"{url(item.path)}: only {arrived} of {size} bytes came")
+                if found != checksum:
+                    raise LocalFileError(f"{item.file}: {checksum} is the stored checksum, but {found} came")
+        except LocalFileError as e:
+            failed(item, str(e))
+            incoming.skip(size - (incoming.taken - before))
+
+    refused = get_batch(caller, [item.path for item in items], receive)
+    for item, error in zip(items, refused, strict=True):
+        if error is not None:
+            failed(item, str(error))
+
+
+@contextlib.contextmanager
+def _progress(files: int, size: int) -> Iterator[Callable[[list[Item]], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda items: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"{files} files", leave=False) as bar:
+        yield lambda items: None if bar.update(sum(item.size for item in items)) else None

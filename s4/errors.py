@@ -1,0 +1,93 @@
+"""The error tree. Everything that s4 raises on purpose is an S4Error, whose text is the one line a user sees."""
+
+# Exit codes of the `s4` command.
+FAILED = 1
+MISUSE = 2
+INTERRUPTED = 130
+
+
+class S4Error(Exception):
+    """Base of all errors of s4. `str(error)` names the key, file or node and says what to do."""
+
+    exit_code = FAILED
+
+
+class MisuseError(S4Error):
+    """The command line was not understood: unknown command, option or number of arguments."""
+
+    exit_code = MISUSE
+
+
+class ConfError(S4Error):
+    """The conf file, or a setting of the server, is bad, empty or unreadable."""
+
+
+class BadRequestError(S4Error):
+    """The request breaks a rule of s4 and changed nothing: a bad key, prefix, folder or parameter."""
+
+
+class BadKeyError(BadRequestError):
+    """A key breaks one of the key rules."""
+
+    def __init__(self, key: str, rule: str) -> None:
+        super().__init__(f"bad key {key!r}: {rule}")
+        self.key = key
+        self.rule = rule
+
+
+class WrongNodeError(BadRequestError):
+    """The key belongs to another node: the conf of the caller and of the node disagree."""
+
+
+class MissingError(S4Error):
+    """No such key, transfer or job."""
+
+
+class ConflictError(S4Error):
+    """The key exists already, or needs a folder where a key is (or the other way round)."""
+
+
+class BusyError(S4Error):
+    """No slot became free within the time limit; trying again later is the right answer."""
+
+
+class StoppingError(S4Error):
+    """The node is shutting down."""
+
+
+class TransferError(S4Error):
+    """The bytes of a key did not arrive whole: stalled, cut short, or with another checksum."""
+
+
+class CommandError(S4Error):
+    """A command of a job failed: exit code, signal, time limit, or outputs that break the rules."""
+
+
+class CancelledError(S4Error):
+    """The job was cancelled."""
+
+
+class TimeLimitError(S4Error):
+    """A command ran longer than its time limit and was killed."""
+
+
+class NodeError(S4Error):
+    """A node cannot be reached, or answers something that is not s4."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        super().__init__(f"{server}: {reason}")
+        self.server = server
+
+
+class LocalFileError(S4Error):
+    """A local file or folder cannot be read or written."""
+
+
+class WorkerDiedError(S4Error):
+    """A worker process ended in the middle of a task. `exitcode` is negative for a signal."""
+
+    def __init__(self, pid: int, exitcode: int | None) -> None:
+        how = f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
+        super().__init__(f"worker process {pid} died ({how}); try again")
+        self.pid = pid
+        self.exitcode = exitcode

@@ -1,0 +1,173 @@
+"""The conversations that move keys between a client, or a node, and a node. The client's half.
+
+Put: prepare (the node names a port) → the bytes on a connection of their own → confirm with the checksums.
+Get: prepare → the bytes → compare with the stored checksum, which the node gave beforehand for a batch and
+is asked to compare at the end for a single key. Keys for one node travel as a batch: one round trip to
+prepare, one stream, one to confirm, one transaction.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from s4.errors import BadRequestError, ConflictError, MissingError, NodeError, S4Error, TransferError
+from s4.http import Caller
+from s4.keys import url
+from s4.streams import Incoming, send_hashed, send_stored
+
+MAX_BATCH_KEYS = 200  # a worker gets their descriptors in one message, and the kernel's limit is 253
+MAX_BATCH_BYTES = 64 * 1024 * 1024  # so that large files spread over several connections
+
+_REFUSALS: dict[int, type[S4Error]] = {400: BadRequestError, 404: MissingError, 409: ConflictError}
+
+
+def put_one(caller: Caller, path: str, source: int, size: int | None, name: str) -> None:
+    """Store what the descriptor `source` holds as a key. `size` in bytes, None for a pipe; `name` is for
+    messages. Raises S4Error; nothing is stored then."""
+    parameters = {"key": url(path)} if size is None else {"key": url(path), "size": str(size)}
+    uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_put", parameters))
+    checksum = ""
+    broken: TransferError | None = None
+    try:
+        with caller.transfer(port) as sock:
+            sent, checksum = send_hashed(sock, source, size)
+            if size is not None and sent != size:
+                raise S4Error(f"{name}: the file became shorter while it was sent")
+    except TransferError as e:
+        broken = e  # the node knows why it hung up, such as a full disk
+    except OSError as e:
+        raise S4Error(f"{name}: {e.strerror}") from e
+    try:
+        caller.call("POST", "/confirm_put", {"uuid": uuid, "checksum": checksum})
+    except MissingError:
+        raise broken or TransferError(f"{url(path)}: {caller.server} gave up the transfer") from None
+
+
+def get_one(caller: Caller, path: str, target: int) -> None:
+    """Write a key to the descriptor `target`. Raises S4Error: what was written then is worth nothing."""
+    uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_get", {"key": url(path)}))
+    with caller.transfer(port) as sock:
+        _size, checksum = Incoming(sock).copy(target, None)
+    caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
+
+
+def put_stored(
+    caller: Caller, entries: Sequence[tuple[str, str, int, str]]
+) -> list[S4Error | None]:
+    """Store finished files, given as (path of the key, file, size, checksum), as one batch.
+
+    Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.
+    """
+
+    def send(sock: socket.socket, index: int) -> str:
+        _path, file, size, checksum = entries[index]
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            send_stored(sock, fd, size)
+        finally:
+            os.close(fd)
+        return checksum
+
+    return put_batch(caller, [(path, size) for path, _file, size, _checksum in entries], send)
+
+
+def put_batch(
+    caller: Caller, keys: Sequence[tuple[str, int]], send: Callable[[socket.socket, int], str]
+) -> list[S4Error | None]:
+    """Store keys, given as (path, size), as one batch. `send(sock, i)` sends exactly the bytes of key i and
+    returns their checksum, an empty one to have the key dropped.
+
+    Returns per key None or why it was refused. Raises S4Error when the batch as a whole failed.
+    """
+    body = orjson.dumps([[url(path), size] for path, size in keys])
+    answer = _object(caller, caller.call("POST", "/prepare_puts", body=body))
+    refused = _refusals(caller, answer, len(keys))
+    wanted = [i for i, error in enumerate(refused) if error is None]
+    if not wanted:
+        return refused
+    try:
+        uuid, port = str(answer["uuid"]), int(answer["port"])
+    except (KeyError, TypeError, ValueError):
+        raise _nonsense(caller) from None
+    checksums: list[str] = []
+    broken: TransferError | None = None
+    try:
+        with caller.transfer(port) as sock:
+            # Small files fill whole packets together.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+            checksums = [send(sock, i) for i in wanted]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+    except TransferError as e:
+        broken = e
+        checksums = [""] * len(wanted)
+    try:
+        confirmed = caller.call("POST", "/confirm_puts", {"uuid": uuid}, orjson.dumps(checksums))
+    except MissingError:
+        raise broken or TransferError(f"{caller.server} gave up a transfer") from None
+    for i, error in zip(wanted, _refusals(caller, _object(caller, confirmed), len(wanted)), strict=True):
+        refused[i] = error
+    return refused
+
+
+def get_batch(
+    caller: Caller, paths: Sequence[str], receive: Callable[[Incoming, int, int, str], None]
+) -> list[S4Error | None]:
+    """Fetch keys as one batch. `receive(incoming, i, size, checksum)` takes exactly the bytes of key i.
+
+    Returns per key None or why the node has it not. Raises S4Error when the batch as a whole failed.
+    """
+    body = orjson.dumps([url(path) for path in paths])
+    answer = _object(caller, caller.call("POST", "/prepare_gets", body=body))
+    refused = _refusals(caller, answer, len(paths))
+    wanted = [i for i, error in enumerate(refused) if error is None]
+    if not wanted:
+        return refused
+    try:
+        port = int(answer["port"])
+        expected = [(int(size), str(checksum)) for size, checksum in answer["files"]]
+        pairs = list(zip(wanted, expected, strict=True))
+    except (KeyError, TypeError, ValueError):
+        raise _nonsense(caller) from None
+    with caller.transfer(port) as sock:
+        incoming = Incoming(sock)
+        for i, (size, checksum) in pairs:
+            receive(incoming, i, size, checksum)
+    return refused
+
+
+def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
+    try:
+        uuid, port = answer.decode().split()
+        return uuid, int(port)
+    except ValueError:
+        raise _nonsense(caller) from None
+
+
+def _object(caller: Caller, answer: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(answer)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise _nonsense(caller)
+    return found
+
+
+def _refusals(caller: Caller, answer: dict[str, Any], count: int) -> list[S4Error | None]:
+    try:
+        found = [
+            None if refusal is None else _REFUSALS.get(refusal[0], S4Error)(str(refusal[1]))
+            for refusal in answer["refused"]
+        ]
+    except (KeyError, TypeError, IndexError):
+        found = []
+    if len(found) != count:
+        raise _nonsense(caller)
+    return found
+
+
+def _nonsense(caller: Caller) -> NodeError:
+    return NodeError(caller.server, "its answer makes no sense")

@@ -1,0 +1,105 @@
+"""The connection to node.db: WAL, one writer at a time, a reading connection for each thread.
+
+Contract: `write()` is the only way to change anything and is one transaction; `read()` is a connection on
+which no transaction stays open. Private: how connections are kept.
+"""
+
+import fcntl
+import importlib.util
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s4.errors import S4Error
+
+_PRAGMAS = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    PRAGMA temp_store = MEMORY;
+    PRAGMA cache_size = -8000;
+"""
+
+
+class Database:
+    """node.db, migrated to the newest schema when it is opened.
+
+    Raises S4Error if the file is not a database of ours.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            _migrate(path)
+            self._writer = self._connect()
+        except sqlite3.DatabaseError as e:
+            raise S4Error(
+                f"{path}: {e}; move it away and run 's4-server reindex' to rebuild it from the files"
+            ) from e
+        # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
+        self._write_lock = threading.Lock()
+        self._local = threading.local()
+
+    def _connect(self) -> sqlite3.Connection:
+        # Autocommit, so that transactions are only where they are written down. The writer moves between
+        # threads under the lock.
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=30, check_same_thread=False)
+        connection.executescript(_PRAGMAS)
+        return connection
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction; rolled back if the block raises."""
+        with self._write_lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep every writer out without a transaction, for work that must not meet a new row."""
+        with self._write_lock:
+            yield
+
+    def read(self) -> sqlite3.Connection:
+        """This thread's connection for reading."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._connect()
+            connection.execute("PRAGMA query_only = 1")
+        return connection
+
+    def close(self) -> None:
+        """Close the writer; SQLite then folds the WAL into node.db."""
+        with self._write_lock:
+            self._writer.close()
+
+
+def _migrate(path: str) -> None:
+    import sqlite_utils
+
+    # Two processes that apply at once would both see the same step pending.
+    with open(path + ".migrate.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        database = sqlite_utils.Database(path)
+        spec = importlib.util.spec_from_file_location("s4_migrations", _migrations_file())
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.migrations.apply(database)
+        database.close()
+
+
+def _migrations_file() -> Path:
+    """In a wheel the folder lies inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "migrations" / "migrations.py"
+    return inside if inside.exists() else package.parent / "migrations" / "migrations.py"

@@ -1,0 +1,244 @@
+"""The table of keys: add, remove, look up and list.
+
+Contract: paths in, rows out; the order is that of code points. A row is what makes a key exist. Listings
+read in chunks and hold no transaction in between, so a key that comes or goes during a long listing may or
+may not be in it, and every other key is in it once.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from s4.errors import ConflictError, MissingError, S4Error
+from s4.index.database import Database
+from s4.keys import range_end, url
+
+CHUNK = 2000  # rows of a listing a transaction
+REMOVE_CHUNK = 500  # keys removed a transaction; bounds how long other writers wait
+_LAST = "\U0010ffff"  # above every path: no bucket starts with it in practice, and the comparison is <=
+
+
+class KeyRow(NamedTuple):
+    """A key in the index: `size` in bytes, `checksum` xxh64 in hex, `created_s` seconds since 1970."""
+
+    path: str
+    size: int
+    checksum: str
+    created_s: int
+
+
+class ListRow(NamedTuple):
+    """A line of a listing: a key, or a folder when `size` is None (its path ends in `/` then)."""
+
+    path: str
+    size: int | None
+    created_s: int
+
+
+class KeyIndex:
+    """The keys of this node."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def get(self, path: str) -> KeyRow:
+        """The row of a key. Raises MissingError."""
+        found = (
+            self._db.read()
+            .execute("SELECT path, size, checksum, created_s FROM keys WHERE path = ?", (path,))
+            .fetchone()
+        )
+        if found is None:
+            raise MissingError(f"no such key: {url(path)}")
+        return KeyRow(*found)
+
+    def get_all(self, paths: Sequence[str]) -> list[KeyRow | None]:
+        """The rows of many keys, None for a missing one."""
+        rows = []
+        for path in paths:
+            try:
+                rows.append(self.get(path))
+            except MissingError:
+                rows.append(None)
+        return rows
+
+    def conflict(self, path: str) -> ConflictError | None:
+        """Why a key cannot be created: it exists, or a key stands where it needs a folder, or it would
+        stand where keys need a folder."""
+        return _conflict(self._db.read(), path)
+
+    def add(
+        self,
+        rows: Sequence[tuple[str, int, str]],
+        place: Callable[[int], None],
+        unlink: Callable[[str], None],
+    ) -> list[S4Error | None]:
+        """Create keys, given as (path, size, checksum), in one transaction: the commit point of s4.
+
+        `place(i)` puts the bytes of row i where they belong; it runs after the row was inserted and before
+        the commit, and may raise S4Error to refuse. Returns per row None or why it was refused; refused
+        rows leave nothing. Raises S4Error if nothing could be committed, after `unlink(path)` of what was
+        placed.
+        """
+        now = int(time.time())
+        outcome: list[S4Error | None] = []
+        try:
+            with self._db.write() as db:
+                for i, (path, size, checksum) in enumerate(rows):
+                    refused: S4Error | None = _conflict(db, path)
+                    if refused is None:
+                        db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (path, size, checksum, now))
+                        try:
+                            place(i)
+                        except S4Error as e:
+                            db.execute("DELETE FROM keys WHERE path = ?", (path,))
+                            refused = e
+                    outcome.append(refused)
+        except sqlite3.Error as e:
+            placed = [row[0] for row, refused in zip(rows, outcome, strict=False) if refused is None]
+            with self._db.exclusive():
+                for path, row in zip(placed, self.get_all(placed), strict=True):
+                    if row is None:
+                        unlink(path)
+            raise S4Error(f"the index cannot store keys: {e}") from e
+        return outcome
+
+    def remove(self, path: str, unlink: Callable[[str], None]) -> None:
+        """Remove one key. Raises MissingError. `unlink(path)` runs after the commit."""
+        if not self._remove(path, "SELECT path FROM keys WHERE path = ?", (path,), unlink):
+            raise MissingError(f"no such key: {url(path)}")
+
+    def remove_prefix(self, prefix: str, unlink: Callable[[str], None]) -> int:
+        """Remove every key that starts with `prefix`; returns how many. A last segment that is a whole
+        bucket name stands for that bucket only."""
+        start, end = bounds(prefix)
+        total = 0
+        while True:
+            removed = self._remove(
+                prefix,
+                "SELECT path FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?",
+                (start, end, REMOVE_CHUNK),
+                unlink,
+            )
+            total += removed
+            if removed < REMOVE_CHUNK:
+                return total
+
+    def _remove(
+        self, prefix: str, select: str, parameters: tuple[object, ...], unlink: Callable[[str], None]
+    ) -> int:
+        with self._db.write() as db:
+            doomed = [path for (path,) in db.execute(select, parameters)]
+            if not doomed:
+                return 0
+            db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
+            db.executemany("DELETE FROM keys WHERE path = ?", [(path,) for path in doomed])
+        # A file goes only while no row stands for it: a put of the same key may have come in between.
+        with self._db.write() as db:
+            for path in doomed:
+                if db.execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is None:
+                    unlink(path)
+            db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
+        return len(doomed)
+
+    def list_keys(self, prefix: str) -> Iterator[list[ListRow]]:
+        """Every key that starts with `prefix`, in chunks."""
+        start, end = bounds(prefix)
+        query = "SELECT path, size, created_s FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
+        while True:
+            rows = self._db.read().execute(query, (start, end, CHUNK)).fetchall()
+            yield list(map(ListRow._make, rows))
+            if len(rows) < CHUNK:
+                return
+            start = rows[-1][0] + " "  # no path holds a space: the smallest text above this path
+
+    def list_folder(self, prefix: str) -> Iterator[list[ListRow]]:
+        """The keys and folders that stand in the folder of `prefix` and start with it, in chunks.
+
+        A skip-scan: each step of the recursion seeks past everything below the entry before, so the cost
+        follows the entries and not the keys below them.
+        """
+        start, end = bounds(prefix)
+        folder = prefix.rfind("/") + 1
+        while True:
+            parameters = {"folder": folder, "first": start, "past": end, "chunk": CHUNK}
+            found = self._db.read().execute(_SKIP_SCAN, parameters).fetchall()
+            rows = []
+            for path, size, created_s in found:
+                slash = path.find("/", folder) + 1
+                rows.append(ListRow(path[:slash], None, 0) if slash else ListRow(path, size, created_s))
+            yield rows
+            if len(rows) < CHUNK:
+                return
+            last = rows[-1].path
+            start = last[:-1] + "0" if last.endswith("/") else last + " "  # '0' follows '/'
+
+    def list_buckets(self) -> list[ListRow]:
+        """Every bucket: its name, bytes, and when its first key was made."""
+        rows = self._db.read().execute("SELECT bucket, bytes, created_s FROM buckets ORDER BY bucket")
+        return [ListRow(*row) for row in rows]
+
+    def restore(self, rows: Sequence[KeyRow]) -> None:
+        """Add or correct rows of files that are in place already: for reindex."""
+        with self._db.write() as db:
+            db.executemany("DELETE FROM keys WHERE path = ?", [(row.path,) for row in rows])
+            db.executemany("INSERT INTO keys VALUES (?, ?, ?, ?)", rows)
+
+    def forget(self, paths: Sequence[str]) -> None:
+        """Drop rows whose files are gone: for reindex."""
+        with self._db.write() as db:
+            db.executemany("DELETE FROM keys WHERE path = ?", [(path,) for path in paths])
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a key."""
+        return self._db.read().execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is not None
+
+    def paths(self, prefix: str) -> Iterator[str]:
+        """Every path that starts with `prefix`."""
+        for chunk in self.list_keys(prefix):
+            for row in chunk:
+                yield row.path
+
+
+# One entry a step: the first key of each line of the listing. SQLite's substr counts characters, as we do.
+_SKIP_SCAN = """
+    WITH RECURSIVE entry(path) AS (
+        SELECT (SELECT path FROM keys WHERE path >= :first AND path < :past ORDER BY path LIMIT 1)
+        UNION ALL
+        SELECT (SELECT keys.path FROM keys
+                WHERE keys.path >= CASE instr(substr(entry.path, :folder + 1), '/')
+                    WHEN 0 THEN entry.path || ' '
+                    ELSE substr(entry.path, 1, :folder + instr(substr(entry.path, :folder + 1), '/') - 1)
+                         || '0' END
+                AND keys.path < :past ORDER BY keys.path LIMIT 1)
+        FROM entry WHERE entry.path IS NOT NULL
+        LIMIT :chunk
+    )
+    SELECT keys.path, keys.size, keys.created_s FROM entry JOIN keys ON keys.path = entry.path
+"""
+
+
+def bounds(prefix: str) -> tuple[str, str]:
+    """The half-open range of paths that start with `prefix`. A bucket without `/` is meant whole."""
+    if prefix and "/" not in prefix:
+        prefix += "/"
+    return prefix, range_end(prefix) or _LAST
+
+
+def _conflict(db: sqlite3.Connection, path: str) -> ConflictError | None:
+    below = path + "/"
+    found = db.execute(
+        "SELECT path FROM keys WHERE path = ? OR (path >= ? AND path < ?) LIMIT 1",
+        (path, below, path + "0"),
+    ).fetchone()
+    if found is not None:
+        if found[0] == path:
+            return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
+        return ConflictError(f"{url(path)} is a folder here: {url(found[0])} stands in it")
+    parts = path.split("/")
+    for i in range(2, len(parts)):
+        above = "/".join(parts[:i])
+        if db.execute("SELECT 1 FROM keys WHERE path = ?", (above,)).fetchone() is not None:
+            return ConflictError(f"{url(path)} needs a folder where the key {url(above)} is")
+    return None

@@ -1,0 +1,101 @@
+"""Listings as the client reads them: the nodes' sorted streams, merged as they come, in bounded memory."""
+
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from operator import attrgetter
+from typing import NamedTuple
+
+import orjson
+
+from s4.errors import NodeError
+from s4.http import Caller
+
+_READ_BYTES = 256 * 1024
+
+
+class Entry(NamedTuple):
+    """A line of a listing, all text: a key, or a folder with size "PRE" and neither date nor time."""
+
+    date: str
+    time: str
+    size: str
+    path: str
+
+
+_PATH = attrgetter("path")
+
+
+def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
+    """The rows of one node, in chunks. Raises NodeError if the answer is broken or no listing."""
+    with caller.reading():
+        opening, tail = response.read(1), b""
+    if opening != b"[":
+        raise _nonsense(caller)
+    while True:
+        with caller.reading():
+            block = response.read(_READ_BYTES)
+        if not block:
+            break
+        whole, _newline, tail = (tail + block).rpartition(b"\n")
+        if whole:
+            yield _parse(caller, whole)
+    if not tail.endswith(b"]"):
+        raise _nonsense(caller)
+    yield _parse(caller, tail[:-1])
+
+
+def _parse(caller: Caller, lines: bytes) -> list[Entry]:
+    # A row a line: whole lines are a JSON list but for the brackets and a comma at the end.
+    try:
+        found = orjson.loads(b"[" + lines.strip(b",\n") + b"]")
+        return [Entry(date, time, size, path) for date, time, size, path in found]
+    except (ValueError, TypeError):
+        raise _nonsense(caller) from None
+
+
+def _nonsense(caller: Caller) -> NodeError:
+    return NodeError(caller.server, "its listing makes no sense")
+
+
+def merge(streams: list[Iterator[list[Entry]]]) -> Iterator[list[Entry]]:
+    """One sorted stream of chunks from several sorted ones.
+
+    Whole chunks are sorted together up to the smallest path that ends a chunk: below it nothing can come any
+    more. Much faster than row by row.
+    """
+    buffers: list[list[Entry]] = [[] for _ in streams]
+    while True:
+        for i, stream in enumerate(streams):
+            while not buffers[i]:
+                chunk = next(stream, None)
+                if chunk is None:
+                    break
+                buffers[i] = chunk
+        filled = [buffer for buffer in buffers if buffer]
+        if not filled:
+            return
+        bound = min(buffer[-1].path for buffer in filled)
+        ready: list[Entry] = []
+        for i, buffer in enumerate(buffers):
+            if buffer:
+                cut = _past(buffer, bound)
+                ready += buffer[:cut]
+                buffers[i] = buffer[cut:]
+        ready.sort(key=_PATH)
+        yield ready
+
+
+def _past(chunk: list[Entry], bound: str) -> int:
+    from bisect import bisect_right
+
+    return bisect_right(chunk, bound, key=_PATH)
+
+
+def without_repeats(chunks: Iterator[list[Entry]]) -> Iterator[Entry]:
+    """Each folder once, though several nodes list it."""
+    last = None
+    for chunk in chunks:
+        for entry in chunk:
+            if entry.size != "PRE" or entry.path != last:
+                yield entry
+            last = entry.path if entry.size == "PRE" else None

@@ -1,0 +1,109 @@
+"""s4-server reindex: rebuild the index of a node from the files in its data folder."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+from s4.config import Conf
+from s4.errors import BadKeyError
+from s4.index import Database, KeyIndex, KeyRow
+from s4.keys import owner, parse_key
+from s4.storage import Storage
+from s4.workers import Kind, Pool, Ticket
+from s4.workers.tasks import Checksum, Checksums
+
+BATCH = 1000  # files a task and a transaction
+
+
+def reindex(conf: Conf, position: int, data: str) -> None:
+    """Make the index agree with the files: add, correct and drop rows. Prints progress and what was done.
+
+    Files whose names break the key rules, or that belong to another node, are named and left alone. Raises
+    S4Error if a node runs on the folder or the index cannot be written.
+    """
+    storage = Storage(data)
+    database = Database(storage.index_path)
+    keys = KeyIndex(database)
+    cpus = len(os.sched_getaffinity(0))
+    pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.temporary_file(""))
+    counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}
+    try:
+        under_way: list[tuple[list[str], Ticket]] = []
+        progress = _Progress()
+        paths = _acceptable(conf, position, storage, counts)
+        while True:
+            batch = list(islice(paths, BATCH))
+            if batch:
+                files = [os.path.join(storage.root, path) for path in batch]
+                under_way.append((batch, pool.submit(Ticket(Kind.COMPUTE, Checksum(files)))))
+            if not batch or len(under_way) > 2 * cpus:
+                if not under_way:
+                    break
+                _record(keys, *under_way.pop(0), counts)
+                progress.show(counts["files"])
+        for chunk in keys.list_keys(""):
+            gone = [row.path for row in chunk if not os.path.isfile(os.path.join(storage.root, row.path))]
+            counts["dropped"] += len(gone)
+            keys.forget(gone)
+        progress.end()
+    finally:
+        pool.stop()
+        database.close()
+        storage.close()
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+def _acceptable(conf: Conf, position: int, storage: Storage, counts: dict[str, int]) -> Iterator[str]:
+    for path in storage.walk():
+        try:
+            parse_key(path)
+            reason = "" if owner(path, len(conf.servers)) == position else "it belongs to another node"
+        except BadKeyError as e:
+            reason = e.rule
+        if not reason:
+            yield path
+        else:
+            counts["left alone"] += 1
+            print(f"left alone: {path!r}: {reason}", file=sys.stderr)
+
+
+def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, int]) -> None:
+    answer = ticket.result()
+    assert isinstance(answer, Checksums)
+    changed = []
+    for path, found, known in zip(paths, answer.found, keys.get_all(paths), strict=True):
+        if found is None:  # removed meanwhile, or unreadable: the second pass drops its row if it is gone
+            continue
+        size, checksum, changed_s = found
+        counts["files"] += 1
+        if known is None:
+            counts["added"] += 1
+        elif (known.size, known.checksum) != (size, checksum):
+            counts["corrected"] += 1
+            print(f"corrected: s4://{path}: its bytes are not those that were stored", file=sys.stderr)
+        else:
+            continue
+        changed.append(KeyRow(path, size, checksum, changed_s))
+    keys.restore(changed)
+
+
+class _Progress:
+    """A line about ten times a second on a terminal, otherwise one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._pause = 0.1 if self._terminal else 10.0
+        self._next = time.monotonic() + self._pause
+
+    def show(self, files: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._pause
+            end = "" if self._terminal else "\n"
+            start = "\r" if self._terminal else ""
+            print(f"{start}{files} files", end=end, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

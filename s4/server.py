@@ -1,0 +1,225 @@
+"""s4-server: builds a node from its parts, serves it, and stops it. Only this file reads the command line.
+
+Imports of the node and of falcon are inside functions: the workers' processes import this module as their
+main one, and must stay slim (110 ms and 30 MB less for each).
+"""
+
+import argparse
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from s4.config import Server, local_address, own_position, read_conf, timeout_setting
+from s4.errors import FAILED, S4Error
+
+if TYPE_CHECKING:
+    from s4.node import Node
+
+_CPUS = len(os.sched_getaffinity(0))
+
+HOUSEKEEPING_SECONDS = 1.0
+STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
+SPARE_THREADS = 8  # of waitress, beyond those that may wait
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+
+log = logging.getLogger("s4.server")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _port(text: str) -> int:
+    number = _positive(text)
+    if number > 65535:
+        raise ValueError
+    return number
+
+
+@dataclass(frozen=True)
+class _Setting:
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    reason: str
+
+
+_PLACE = [
+    _Setting("port", _port, None, "port of this node's line in the conf, if several lines are this machine"),
+    _Setting("conf", str, None, "conf file, otherwise S4_CONF_PATH or ~/.s4.conf"),
+    _Setting("data", str, "./s4_data", "folder for the keys and the index"),
+]
+_LIMITS = [
+    _Setting("max-io-jobs", _positive, 4 * _CPUS, "sends, and receives, at once"),
+    _Setting("max-cpu-jobs", _positive, _CPUS + 2, "commands at once"),
+]
+_LOCAL = [
+    _Setting("nodes", _positive, 3, "how many nodes to run"),
+    _Setting("dir", str, "./s4-local", "folder for their conf, data and logs"),
+]
+
+
+def main() -> None:
+    """The command `s4-server`."""
+    arguments = _parse(sys.argv[1:])
+    try:
+        match arguments.action:
+            case "local":
+                from s4.local import run_local
+
+                sys.exit(run_local(arguments.nodes, arguments.dir))
+            case "reindex":
+                from s4.reindex import reindex
+
+                conf = read_conf(arguments.conf)
+                reindex(conf, own_position(conf, arguments.port), arguments.data)
+            case _:
+                _serve(arguments)
+    except S4Error as e:
+        print(f"fatal: {e}", file=sys.stderr)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="s4-server", description="A node of an s4 cluster.", allow_abbrev=False
+    )
+    parser.set_defaults(action="serve")
+    _add(parser, _PLACE + _LIMITS)
+    actions = parser.add_subparsers(title="other actions", metavar="")
+    for name, settings, text in (
+        ("reindex", _PLACE, "rebuild the index from the files, while the node is down"),
+        ("local", _LOCAL, "run several nodes on loopback, for a try-out"),
+    ):
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action.set_defaults(action=name)
+        _add(action, settings)
+    return parser.parse_args(argv)
+
+
+def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting]) -> None:
+    for setting in settings:
+        shown = f" (default {setting.default})" if setting.default is not None else ""
+        parser.add_argument(
+            f"-{setting.name}",
+            f"--{setting.name}",
+            type=setting.type,
+            default=setting.default,
+            metavar=setting.name.upper().rpartition("-")[2],
+            help=setting.reason + shown,
+        )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    conf = read_conf(arguments.conf)
+    position = own_position(conf, arguments.port)
+    timeout = timeout_setting()
+    _start_log()
+    _raise_file_limit()
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGINT, _exit_on_signal)
+
+    from s4.api import make_app
+    from s4.node import WAITING_REQUESTS, Limits, Node
+    from waitress import wasyncore
+    from waitress.server import create_server
+
+    own = conf.servers[position]
+    address = local_address(own.host)
+    assert address is not None  # otherwise it would not be our line
+    limits = Limits(arguments.max_io_jobs, arguments.max_cpu_jobs, timeout)
+    node = Node(conf, position, address, arguments.data, limits)
+    sockets: dict[int, Any] = {}
+    try:
+        server = create_server(
+            make_app(node),
+            map=sockets,
+            listen=str(Server(address, own.port)),
+            threads=WAITING_REQUESTS + SPARE_THREADS,
+            connection_limit=1000,  # by default further clients hang at 100
+            channel_request_lookahead=1,  # lets an eval notice that its caller is gone
+            # A listing never waits for a slow reader: waitress spools what it cannot send to a file.
+            outbuf_high_watermark=2**62,
+            max_request_body_size=MAX_REQUEST_BYTES,
+            ident="s4",
+        )
+    except OSError as e:
+        node.stop()
+        raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
+    threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
+    log.info("node %s serves %s", own, node.storage.root)
+    try:
+        wasyncore.loop(timeout=1, map=sockets, use_poll=True)
+    except SystemExit:
+        _stop(node, server, sockets)
+
+
+def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:
+    """The order: no new connections; then jobs and workers, which lets waiting requests answer; then out."""
+    from waitress import wasyncore
+
+    began = time.monotonic()
+    server.del_channel()
+    server.socket.close()
+    stopper = threading.Thread(target=node.stop, name="stop", daemon=True)
+    stopper.start()
+    while stopper.is_alive() and time.monotonic() < began + STOP_SECONDS:
+        wasyncore.loop(timeout=0.05, map=sockets, use_poll=True, count=1)
+    if stopper.is_alive():
+        log.error("something did not stop in %g s and is left behind", STOP_SECONDS)
+    log.info("stopped %.1fms", (time.monotonic() - began) * 1000)
+    logging.shutdown()
+    os._exit(0)  # threads of requests may still hold on to clients that are slow
+
+
+def _exit_on_signal(_number: int, _frame: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _keep_house(node: "Node") -> None:
+    prune_at = 0.0
+    while True:
+        time.sleep(HOUSEKEEPING_SECONDS)
+        try:
+            node.keep_house()
+            if time.monotonic() > prune_at:
+                prune_at = time.monotonic() + 3600
+                node.records.prune_jobs()
+        except Exception:
+            log.exception("housekeeping failed; it goes on")
+
+
+def _start_log() -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    for chatty in ("sh", "waitress"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The files of a node, below its data folder.
+
+    _tempfiles/   bytes that arrive or were just made, not yet a key
+    _tempdirs/    a folder per running command
+    _index/       node.db
+    BUCKET/…      the keys, mode 0444
+
+Contract: a path is `BUCKET/DIR/NAME` as the key rules allow it; its file is reached one folder at a time
+without following symbolic links, so nothing below the data folder leads outside it. Publishing is a rename
+on one file system. Which keys exist is for the index to say.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+
+from s4.errors import ConflictError, MissingError, S4Error
+from s4.keys import url
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OWN_FOLDERS = ("_index", "_tempfiles", "_tempdirs")
+
+
+class Storage:
+    """The data folder of one node, locked against a second process while it is open.
+
+    Raises S4Error if the folder cannot be made or another process holds it.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.realpath(root)
+        try:
+            for name in _OWN_FOLDERS:
+                os.makedirs(os.path.join(self.root, name), exist_ok=True)
+            self._lock = os.open(os.path.join(self.root, "_index", "lock"), os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as e:
+            raise S4Error(f"data folder {root}: {e.strerror}") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise S4Error(f"data folder {root} is in use by another s4-server; stop that one first") from None
+        self._root_fd = os.open(self.root, _FOLDER_FLAGS)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._root_fd)
+        os.close(self._lock)
+
+    @property
+    def index_path(self) -> str:
+        """Where node.db lies."""
+        return os.path.join(self.root, "_index", "node.db")
+
+    def temporary_file(self, name: str) -> str:
+        """The path of a file for bytes that are not yet a key."""
+        return os.path.join(self.root, "_tempfiles", name)
+
+    def temporary_folder(self, name: str) -> str:
+        """The path of a folder for a command."""
+        return os.path.join(self.root, "_tempdirs", name)
+
+    def real_path(self, path: str) -> str:
+        """The absolute path of a key's file, for commands. Raises as `open` does."""
+        os.close(self.open(path))
+        return os.path.join(self.root, path)
+
+    def open(self, path: str) -> int:
+        """A file descriptor that reads the key's file. Raises MissingError, or S4Error for a symbolic link."""
+        folder, name = os.path.split(path)
+        try:
+            with self._folder(folder) as fd:
+                return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except FileNotFoundError:
+            raise MissingError(f"no file for {url(path)}: run 's4-server reindex'") from None
+        except OSError as e:
+            raise _explained(path, e) from e
+
+    def publish(self, temporary: str, path: str) -> None:
+        """Move finished bytes to the place of a key, over what a crash may have left there.
+
+        Raises ConflictError if a folder with files stands there, S4Error for a symbolic link on the way.
+        """
+        folder, name = os.path.split(path)
+        try:
+            with self._folder(folder, create=True) as fd:
+                try:
+                    os.rename(temporary, name, dst_dir_fd=fd)
+                except IsADirectoryError:
+                    self._remove_empty_folders(os.path.join(self.root, path))
+                    os.rename(temporary, name, dst_dir_fd=fd)
+        except OSError as e:
+            raise _explained(path, e) from e
+
+    def unlink(self, path: str) -> None:
+        """Remove the file of a key, and the folders that this leaves empty. A missing file is fine."""
+        folder, name = os.path.split(path)
+        try:
+            with self._folder(folder) as fd:
+                os.unlink(name, dir_fd=fd)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as e:
+            raise _explained(path, e) from e
+        while folder:
+            parent, name = os.path.split(folder)
+            try:
+                with self._folder(parent) as fd:
+                    os.rmdir(name, dir_fd=fd)
+            except OSError:  # not empty, or gone already
+                return
+            folder = parent
+
+    @contextlib.contextmanager
+    def _folder(self, folder: str, create: bool = False) -> Iterator[int]:
+        fd = os.dup(self._root_fd)
+        try:
+            for name in folder.split("/") if folder else ():
+                try:
+                    below = os.open(name, _FOLDER_FLAGS, dir_fd=fd)
+                except FileNotFoundError:
+                    if not create:
+                        raise
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o755, dir_fd=fd)
+                    below = os.open(name, _FOLDER_FLAGS, dir_fd=fd)
+                except NotADirectoryError:
+                    # The index has no key of this name, so a plain file here is what a crash left.
+                    if not create or not stat.S_ISREG(os.lstat(name, dir_fd=fd).st_mode):
+                        raise
+                    os.unlink(name, dir_fd=fd)
+                    os.mkdir(name, 0o755, dir_fd=fd)
+                    below = os.open(name, _FOLDER_FLAGS, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _remove_empty_folders(self, top: str) -> None:
+        for folder, _folders, files in os.walk(top, topdown=False):
+            if files:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            os.rmdir(folder)
+
+    def discard(self, name: str) -> None:
+        """Remove what a task of that name left in the temporary folders."""
+        for folder in ("_tempfiles", "_tempdirs"):
+            for entry in os.scandir(os.path.join(self.root, folder)):
+                if entry.name.startswith(name + "."):
+                    remove_tree(entry.path)
+
+    def empty_temporary(self) -> None:
+        """Remove everything that is not a key: what a node that was killed left."""
+        for name in ("_tempfiles", "_tempdirs"):
+            folder = os.path.join(self.root, name)
+            for entry in os.scandir(folder):
+                remove_tree(entry.path)
+
+    def sweep(self, prefix: str, exists: Callable[[str], bool]) -> int:
+        """Remove files that start with `prefix` and are no keys; returns how many."""
+        top = os.path.join(self.root, prefix)
+        if os.path.isdir(top) and not os.path.islink(top.rstrip("/")):
+            found = list(self.walk(prefix.rstrip("/")))
+        else:
+            parent = os.path.dirname(prefix)
+            found = [p for p in self.walk(parent) if p.startswith(prefix)] if parent else []
+        doomed = [path for path in found if not exists(path)]
+        for path in doomed:
+            self.unlink(path)
+        return len(doomed)
+
+    def walk(self, folder: str = "") -> Iterator[str]:
+        """The path of every plain file below a folder, in no order; symbolic links are left out."""
+        pending = [folder]
+        while pending:
+            current = pending.pop()
+            try:
+                entries = os.scandir(os.path.join(self.root, current))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            with entries:
+                for entry in entries:
+                    path = f"{current}/{entry.name}" if current else entry.name
+                    if not current and entry.name.startswith("_"):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    elif entry.is_file(follow_symlinks=False):
+                        yield path
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or folder of whatever modes a command left behind. What is gone already is fine."""
+
+    def make_writable_and_retry(function: Callable[..., object], name: str, _error: object) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(os.path.dirname(name), 0o700)
+            if os.path.isdir(name) and not os.path.islink(name):
+                os.chmod(name, 0o700)
+                shutil.rmtree(name, ignore_errors=True)
+            else:
+                function(name)
+
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            os.unlink(path)
+        except (IsADirectoryError, PermissionError):
+            shutil.rmtree(path, onerror=make_writable_and_retry)
+
+
+def _explained(path: str, e: OSError) -> S4Error:
+    if isinstance(e, S4Error):
+        return e
+    if e.errno in (errno.ELOOP, errno.ENOTDIR):
+        return ConflictError(f"{url(path)}: something that is no folder of keys, such as a symbolic link, is in the way")
+    if e.errno in (errno.ENOTEMPTY, errno.EISDIR, errno.EEXIST):
+        return ConflictError(f"{url(path)}: a folder with files that are no keys is in the way")
+    return S4Error(f"{url(path)}: {e.strerror}")

@@ -1,0 +1,159 @@
+"""Bytes between a socket and a file, hashed on the way. Client and workers use the same functions.
+
+Keys that travel together follow each other on one connection without anything in between: both sides know
+the sizes beforehand. A single key of unknown size ends where the sender closes its side.
+
+Checksum: xxh64 (https://xxhash.com), seed 0, lower-case hex without leading zeros.
+"""
+
+import errno
+import os
+import socket
+import struct
+
+import xxhash
+
+from s4.errors import TransferError
+
+BLOCK = 256 * 1024  # measured: larger blocks are no faster and sometimes collapse
+IDLE_SECONDS = 5.0  # a connection on which nothing moves for so long is dropped
+EMPTY_CHECKSUM = format(xxhash.xxh64_intdigest(b""), "x")
+_SENDFILE_AT_ONCE = 4 * 1024 * 1024
+
+
+def set_idle_limit(sock: socket.socket, seconds: float = IDLE_SECONDS) -> None:
+    """Make every blocking call on the socket give up after `seconds` without progress.
+
+    The kernel's own timer: a Python timeout would poll before each call.
+    """
+    sock.settimeout(None)
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def connect(host: str, port: int) -> socket.socket:
+    """A connection for bytes. Raises TransferError."""
+    try:
+        sock = socket.create_connection((host, port), timeout=IDLE_SECONDS)
+    except OSError as e:
+        raise TransferError(f"cannot connect to {host} port {port} for a transfer: {_reason(e)}") from e
+    set_idle_limit(sock)
+    return sock
+
+
+class Incoming:
+    """The receiving end of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = memoryview(bytearray(BLOCK))
+        self._start = self._end = 0
+        self.taken = 0  # bytes handed out so far
+
+    def copy(self, target: int, size: int | None) -> tuple[int, str]:
+        """Write the next `size` bytes, or with None all until the end, to the descriptor `target`.
+
+        Returns (bytes, checksum); fewer bytes than asked for mean that the sender closed early. Raises
+        TransferError when nothing moves for IDLE_SECONDS or the connection breaks, OSError of the target.
+        """
+        digest = xxhash.xxh64()
+        total = 0
+        while size is None or total < size:
+            if self._start == self._end:
+                try:
+                    self._start, self._end = 0, self._sock.recv_into(self._buffer)
+                except OSError as e:
+                    raise _broken(e) from e
+                if self._end == 0:
+                    break
+            stop = self._end if size is None else min(self._end, self._start + size - total)
+            chunk = self._buffer[self._start : stop]
+            self._start = stop
+            self.taken += len(chunk)
+            total += len(chunk)
+            digest.update(chunk)
+            write_all(target, chunk)
+        return total, format(digest.intdigest(), "x")
+
+    def skip(self, size: int) -> None:
+        """Let the next `size` bytes pass."""
+        with open(os.devnull, "wb") as nowhere:
+            self.copy(nowhere.fileno(), size)
+
+
+def write_all(target: int, data: memoryview) -> None:
+    """os.write until everything is written."""
+    while data:
+        data = data[os.write(target, data) :]
+
+
+def preallocate(target: int, size: int) -> None:
+    """Reserve disk space, which makes writing faster and a full disk known at once (OSError)."""
+    if size > BLOCK:
+        try:
+            os.posix_fallocate(target, 0, size)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system or target without it
+                raise
+
+
+def send_stored(sock: socket.socket, source: int, size: int) -> None:
+    """Send `size` bytes of a file whose checksum is known, without looking at them.
+
+    Raises TransferError when the receiver stalls or leaves, or the file is shorter.
+    """
+    offset = 0
+    while offset < size:
+        try:
+            sent = os.sendfile(sock.fileno(), source, offset, min(size - offset, _SENDFILE_AT_ONCE))
+        except OSError as e:
+            raise _broken(e) from e
+        if sent == 0:
+            raise TransferError(f"a file is shorter than expected: {offset} instead of {size} bytes")
+        offset += sent
+
+
+def send_hashed(sock: socket.socket, source: int, size: int | None) -> tuple[int, str]:
+    """Read a descriptor, for `size` bytes or with None to its end, hash and send it.
+
+    Returns (bytes, checksum); fewer bytes than `size` mean that the source is shorter now. Raises
+    TransferError when the receiver stalls or leaves, OSError of the source.
+    """
+    digest = xxhash.xxh64()
+    buffer = memoryview(bytearray(BLOCK if size is None else min(BLOCK, max(size, 1))))
+    total = 0
+    while size is None or total < size:
+        wanted = buffer if size is None else buffer[: size - total]
+        count = os.readv(source, [wanted])
+        if count == 0:
+            break
+        digest.update(buffer[:count])
+        try:
+            sock.sendall(buffer[:count])
+        except OSError as e:
+            raise _broken(e) from e
+        total += count
+    return total, format(digest.intdigest(), "x")
+
+
+def checksum_of(source: int) -> tuple[int, str]:
+    """(bytes, checksum) of a file from its beginning."""
+    digest = xxhash.xxh64()
+    total = 0
+    size = os.fstat(source).st_size
+    buffer = memoryview(bytearray(min(BLOCK, max(size, 1))))
+    while count := os.preadv(source, [buffer], total):
+        digest.update(buffer[:count])
+        total += count
+    return total, format(digest.intdigest(), "x")
+
+
+def _broken(e: OSError) -> TransferError:
+    if isinstance(e, BlockingIOError):
+        return TransferError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
+    return TransferError(f"the connection broke: {_reason(e)}")
+
+
+def _reason(e: OSError) -> str:
+    return e.strerror or str(e) or type(e).__name__

@@ -1,0 +1,272 @@
+"""Puts and gets as a node sees them: prepare, bytes in a worker, confirm.
+
+A transfer is kept until it is confirmed, and its outcome a little longer, so that a caller who lost the
+answer can ask again. What is never confirmed expires.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from s4.errors import BadRequestError, BusyError, ConflictError, MissingError, S4Error, TransferError
+from s4.index import KeyIndex, Records
+from s4.keys import url
+from s4.storage import Storage
+from s4.workers import Kind, Pool, Ticket
+from s4.workers.tasks import Receive, Received, Send, StoredFile
+
+SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
+UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
+OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
+
+
+class Gate:
+    """Bounds how many requests wait at once, so that some threads are always free to answer."""
+
+    def __init__(self, places: int) -> None:
+        self._places = threading.Semaphore(places)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A place to wait in. Raises BusyError at once if there is none."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError("too many requests are waiting here; try again later")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+
+@dataclass
+class _Transfer:
+    uuid: str
+    paths: list[str]
+    ticket: Ticket
+    files: list[str]  # of a put: where the bytes arrive
+    checksums: list[str] = field(default_factory=list)  # of a get: what is stored
+    confirmed_by_caller: bool = True
+    ended_s: float | None = None  # monotonic
+    outcome: list[S4Error | None] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a caller needs to move the bytes. `refused` has an entry per key; the others follow each other on
+    a connection to `port`. `files` are (bytes, checksum) of a get."""
+
+    uuid: str
+    port: int
+    refused: list[S4Error | None]
+    files: list[tuple[int, str]]
+
+
+class Transfers:
+    """The transfers of a node, on its address `host`."""
+
+    def __init__(
+        self, host: str, keys: KeyIndex, records: Records, storage: Storage, pool: Pool, gate: Gate
+    ) -> None:
+        self._host = host
+        self._keys = keys
+        self._records = records
+        self._storage = storage
+        self._pool = pool
+        self._gate = gate
+        self._transfers: dict[str, _Transfer] = {}
+
+    def prepare_put(self, entries: Sequence[tuple[str, int | None]], peer: str) -> Prepared:
+        """Get ready to receive keys, given as (path, size), from the address `peer`.
+
+        Only a single key may have None for a size. Raises BusyError if no slot becomes free in time.
+        """
+        refused: list[S4Error | None] = []
+        seen: set[str] = set()
+        for path, _size in entries:
+            twice = ConflictError(f"{url(path)} is there twice") if path in seen else None
+            refused.append(twice or self._keys.conflict(path))
+            seen.add(path)
+        wanted = [entry for entry, error in zip(entries, refused, strict=True) if error is None]
+        if not wanted:
+            return Prepared("", 0, refused, [])
+        name = str(uuid.uuid4())
+        files = [self._storage.temporary_file(f"{name}.{i}") for i in range(len(wanted))]
+        sizes = [size for _path, size in wanted]
+        with self._listener() as listener:
+            port: int = listener.getsockname()[1]
+            task = Receive(files, sizes, peer)
+            ticket = self._start(Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())]))
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        self._records.transfer_began(name, "put", wanted[0][0], len(wanted), total, peer)
+        self._transfers[name] = _Transfer(name, [path for path, _size in wanted], ticket, files)
+        return Prepared(name, port, refused, [])
+
+    def confirm_put(self, name: str, checksums: Sequence[str]) -> list[S4Error | None]:
+        """Make keys of what arrived, those whose checksum is the sender's. May be repeated.
+
+        Returns per key None or why it was refused. Raises MissingError for an unknown or expired transfer,
+        TransferError if the bytes did not arrive.
+        """
+        transfer = self._find(name, put=True)
+        if len(checksums) != len(transfer.paths):
+            raise BadRequestError(f"{len(transfer.paths)} checksums are needed, not {len(checksums)}")
+        with transfer.lock:
+            if transfer.outcome is None:
+                try:
+                    received = self._received(transfer)
+                    transfer.outcome = self._publish(transfer, received, checksums)
+                finally:
+                    if transfer.ticket.done:
+                        self._end(transfer)
+            return transfer.outcome
+
+    def _received(self, transfer: _Transfer) -> Received:
+        try:
+            if transfer.ticket.done:
+                answer = transfer.ticket.result()
+            else:
+                with self._gate.waiting():
+                    answer = transfer.ticket.result(SLOT_SECONDS)
+        except TimeoutError:
+            raise BusyError("the bytes are still arriving; confirm again later") from None
+        assert isinstance(answer, Received)
+        return answer
+
+    def _publish(
+        self, transfer: _Transfer, received: Received, checksums: Sequence[str]
+    ) -> list[S4Error | None]:
+        outcome: list[S4Error | None] = []
+        good: list[tuple[str, StoredFile]] = []
+        for path, file, checksum in zip(transfer.paths, received.files, checksums, strict=True):
+            if file.checksum == checksum:
+                outcome.append(None)
+                good.append((path, file))
+            else:
+                outcome.append(
+                    TransferError(f"{url(path)}: checksum {checksum or 'missing'} was sent, but {file.checksum} came")
+                )
+        results = iter(self.publish(good))
+        return [error if error is not None else next(results) for error in outcome]
+
+    def publish(self, files: Sequence[tuple[str, StoredFile]]) -> list[S4Error | None]:
+        """Make finished files keys of this node, given as (path, file), in one transaction.
+
+        Returns per key None or why it was refused; the file is still there then.
+        """
+        if not files:
+            return []
+        return self._keys.add(
+            [(path, file.size, file.checksum) for path, file in files],
+            lambda i: self._storage.publish(files[i][1].file, files[i][0]),
+            self._storage.unlink,
+        )
+
+    def prepare_get(
+        self, paths: Sequence[str], peer: str, port: int | None = None, *, confirmed: bool
+    ) -> Prepared:
+        """Get ready to send keys to the address `peer`, which connects to us, or whose `port` we connect to.
+
+        `confirmed` says whether the caller will confirm. Raises BusyError if no slot becomes free in time.
+        """
+        refused: list[S4Error | None] = []
+        fds: list[int] = []
+        found = []
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(lambda: [os.close(fd) for fd in fds])
+            for path, row in zip(paths, self._keys.get_all(paths), strict=True):
+                try:
+                    if row is None:
+                        raise MissingError(f"no such key: {url(path)}")
+                    fds.append(self._storage.open(path))
+                except S4Error as e:
+                    refused.append(e)
+                else:
+                    refused.append(None)
+                    found.append(row)
+            if not found:
+                return Prepared("", 0, refused, [])
+            name = str(uuid.uuid4())
+            own_port = 0
+            if port is None:
+                with self._listener() as listener:
+                    own_port = listener.getsockname()[1]
+                    fds.insert(0, os.dup(listener.fileno()))
+            on_error.pop_all()
+        ticket = self._start(Ticket(Kind.SEND, Send([row.size for row in found], peer, port), fds))
+        total = sum(row.size for row in found)
+        self._records.transfer_began(name, "get", found[0].path, len(found), total, peer)
+        checksums = [row.checksum for row in found]
+        self._transfers[name] = _Transfer(
+            name, [row.path for row in found], ticket, [], checksums, confirmed_by_caller=confirmed
+        )
+        return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
+
+    def confirm_get(self, name: str, checksum: str) -> None:
+        """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
+        transfer = self._find(name, put=False)
+        self._end(transfer)
+        if transfer.checksums != [checksum]:
+            raise TransferError(
+                f"{url(transfer.paths[0])}: checksum {transfer.checksums[0]} is stored, but {checksum} came"
+            )
+
+    def _find(self, name: str, *, put: bool) -> _Transfer:
+        transfer = self._transfers.get(name)
+        if transfer is None or bool(transfer.files) != put:
+            raise MissingError(f"no such transfer: {name}; it ended or expired, start again")
+        return transfer
+
+    def _listener(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        return socket.create_server((self._host, 0), family=family, backlog=8)
+
+    def _start(self, ticket: Ticket) -> Ticket:
+        """Submit a ticket and wait until it has its slot."""
+        self._pool.submit(ticket)
+        wait_for_slot(self._pool, ticket, self._gate)
+        return ticket
+
+    def _end(self, transfer: _Transfer) -> None:
+        if transfer.ended_s is None:
+            transfer.ended_s = time.monotonic()
+            for file in transfer.files:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file)
+            self._records.transfer_ended(transfer.uuid)
+
+    def expire(self) -> None:
+        """Drop what nobody confirmed; called about once a second."""
+        now = time.monotonic()
+        for transfer in list(self._transfers.values()):
+            if transfer.ended_s is not None:
+                if now > transfer.ended_s + OUTCOME_SECONDS:
+                    del self._transfers[transfer.uuid]
+            elif transfer.ticket.done:
+                since = transfer.ticket.done_s
+                if not transfer.confirmed_by_caller or now > since + UNCONFIRMED_SECONDS:
+                    with transfer.lock:
+                        self._end(transfer)
+                    del self._transfers[transfer.uuid]
+
+
+def wait_for_slot(pool: Pool, ticket: Ticket, gate: Gate) -> None:
+    """Wait until a submitted ticket runs. Raises BusyError, with the ticket cancelled, if it takes long."""
+    if ticket.wait_started(0):
+        return
+    busy = BusyError("all slots are taken; try again later")
+    try:
+        with gate.waiting():
+            started = ticket.wait_started(SLOT_SECONDS)
+    except BusyError as e:
+        started, busy = False, e
+    if not started:
+        pool.cancel(ticket, busy)
+        raise busy
+
+
+Publish = Callable[[Sequence[tuple[str, StoredFile]]], list[S4Error | None]]

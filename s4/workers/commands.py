@@ -1,0 +1,112 @@
+"""Running one command of a job: its folder, its input, its bash, and its outputs."""
+
+import contextlib
+import os
+import stat
+
+from s4.storage import remove_tree
+from s4.streams import checksum_of
+from s4.workers.shell import Shell
+from s4.workers.tasks import Command, Ran, StoredFile
+
+TAIL_BYTES = 64 * 1024  # of stderr, kept for the report
+
+
+class Commands:
+    """Runs commands one after the other in one kept bash. `scratch` is the beginning of its own paths."""
+
+    def __init__(self, scratch: str) -> None:
+        self._shell = Shell(scratch + ".job")
+
+    def tidy(self) -> None:
+        """Called when nothing is to do."""
+        self._shell.sweep()
+
+    def run(self, task: Command) -> Ran:
+        """Run a command and make its outputs finished files beside its folder."""
+        stdin, stdout, stderr = task.stdin, task.work + ".out", task.work + ".err"
+        os.mkdir(task.folder, 0o700)
+        try:
+            if stdin is None:
+                stdin = task.work + ".in"
+                with open(stdin, "w", encoding="utf-8") as f:
+                    f.writelines(line + "\n" for line in task.input_lines)
+            exitcode = self._shell.run(task.command, task.folder, stdin, stdout, stderr, task.environment)
+            tail = _tail(stderr)
+            outputs: list[StoredFile] = []
+            problem = ""
+            errors: StoredFile | None = None
+            if task.collect == "eval":
+                outputs = [_measured(stdout)]
+                errors = _measured(stderr)
+            elif exitcode == 0 and task.collect == "stdout":
+                outputs = [_finished(stdout)]
+            elif exitcode == 0:
+                outputs, problem = _named_files(stdout, task.folder, task.work)
+            return Ran(exitcode, outputs, errors, tail, problem)
+        finally:
+            remove_tree(task.folder)
+            leftovers = [task.work + ".in"]
+            if task.collect != "eval":
+                leftovers.append(stderr)
+                if task.collect != "stdout":
+                    leftovers.append(stdout)
+            for path in leftovers:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+
+def _named_files(listing: str, folder: str, work: str) -> tuple[list[StoredFile], str]:
+    """The files that a command printed, moved out of its folder; or what is wrong with them."""
+    with open(listing, "rb") as f:
+        printed = [line for line in f.read().split(b"\n") if line.strip()]
+    top = os.path.realpath(folder)
+    found: dict[str, str] = {}
+    for raw in printed:
+        text = os.fsdecode(raw)
+        path = os.path.realpath(os.path.join(top, text))
+        name = os.path.basename(os.path.normpath(text))
+        if os.path.commonpath([top, path]) != top:
+            return [], f"it printed {text!r}, which leaves its folder"
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as e:
+            return [], f"it printed {text!r}: {e.strerror}"
+        if not stat.S_ISREG(mode):
+            return [], f"it printed {text!r}, which is not a file"
+        if name in found:
+            return [], f"it printed {text!r}, but a file of that name was printed before"
+        found[name] = path
+    outputs = []
+    for i, (name, path) in enumerate(found.items()):
+        target = f"{work}.{i}"
+        try:
+            os.rename(path, target)
+        except FileNotFoundError:  # a second name of the same file, by a symbolic link
+            return [], f"it printed {name!r}, which is another name of a file that it printed before"
+        outputs.append(_finished(target, name))
+    return outputs, ""
+
+
+def _finished(path: str, name: str = "") -> StoredFile:
+    os.chmod(path, 0o444)
+    return _measured(path, name)
+
+
+def _measured(path: str, name: str = "") -> StoredFile:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size, checksum = checksum_of(fd)
+    finally:
+        os.close(fd)
+    return StoredFile(path, size, checksum, name)
+
+
+def _tail(path: str) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            f.seek(max(0, size - TAIL_BYTES))
+            return f.read()
+    except FileNotFoundError:  # the command could not even be started
+        return b""

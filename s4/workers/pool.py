@@ -1,0 +1,326 @@
+"""The pool: hands tasks to worker processes, first come, first served, within a limit for each kind.
+
+One thread watches all workers. A worker that dies costs its one task and is replaced; whatever its command
+left running is ended. The parent is the subreaper of the workers, so their orphans become its own children.
+"""
+
+import contextlib
+import enum
+import logging
+import multiprocessing
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import sendfds
+from typing import Any
+import socket
+
+from s4 import errors
+from s4.errors import S4Error, StoppingError, WorkerDiedError
+from s4.workers import processes
+from s4.workers.tasks import Failure, Result, Task
+
+SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
+IDLE_SECONDS = 10.0
+
+log = logging.getLogger("s4.pool")
+
+
+class Kind(enum.Enum):
+    """What a slot is for. Each kind has a limit of its own."""
+
+    SEND = "send"
+    RECEIVE = "receive"
+    COMPUTE = "compute"
+
+
+class Ticket:
+    """A task in the pool: waiting for a slot, then running, then done. `fds` are its to close."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        task: Task,
+        fds: Sequence[int] = (),
+        time_limit: float | None = None,
+        on_done: Callable[["Ticket"], None] | None = None,
+    ) -> None:
+        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread."""
+        self.kind = kind
+        self.task = task
+        self.fds = list(fds)
+        self.time_limit = time_limit
+        self.on_done = on_done
+        self.pid: int | None = None
+        self.done_s = 0.0  # monotonic
+        self._started = threading.Event()
+        self._done = threading.Event()
+        self._answer: Result = None
+        self._error: S4Error | None = None
+
+    def wait_started(self, seconds: float) -> bool:
+        """Whether it got a slot, or failed, within so many seconds."""
+        return self._started.wait(seconds)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self._done.is_set()
+
+    def result(self, seconds: float | None = None) -> Result:
+        """Wait for the end and return the answer, or raise the S4Error that it failed with.
+
+        Raises TimeoutError if it is not over within `seconds`.
+        """
+        if not self._done.wait(seconds):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+    def _close_fds(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def _finish(self, answer: Result, error: S4Error | None) -> None:
+        if isinstance(answer, Failure):
+            kind = getattr(errors, answer.error, S4Error)
+            error = kind(answer.message)
+        self._answer, self._error = answer, error
+        self._close_fds()
+        self._started.set()
+        self.done_s = time.monotonic()
+        self._done.set()
+        if self.on_done is not None:
+            self.on_done(self)
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: ForkServerProcess
+    connection: "Connection[Any, Any]"
+    descriptors: socket.socket
+    pid: int
+    ticket: Ticket | None = None
+    deadline: float = float("inf")
+    reason: S4Error | None = None  # why we killed it
+    idle_since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """Worker processes for one node. `limits` are numbers of tasks at once; `scratch` is a folder for them."""
+
+    def __init__(self, limits: dict[Kind, int], scratch: str) -> None:
+        self._limits = limits
+        self._scratch = scratch
+        self._queues: dict[Kind, deque[Ticket]] = {kind: deque() for kind in Kind}
+        self._running = dict.fromkeys(Kind, 0)
+        self._idle: list[_Worker] = []
+        self._workers: dict[int, _Worker] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
+        self._selector = selectors.DefaultSelector()
+        self._wake_receive, self._wake_send = os.pipe()
+        os.set_blocking(self._wake_send, False)
+        self._selector.register(self._wake_receive, selectors.EVENT_READ)
+        processes.become_subreaper()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["s4.workers.worker"])
+        self._lifeline, self._lifeline_end = self._context.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._loop, name="pool", daemon=True)
+        self._thread.start()
+
+    def submit(self, ticket: Ticket) -> Ticket:
+        """Queue a ticket. Raises StoppingError (and closes its descriptors) when the pool is stopping."""
+        with self._lock:
+            if not self._stopping:
+                self._queues[ticket.kind].append(ticket)
+                if not self._dispatch():
+                    self._wake()
+                return ticket
+        error = StoppingError("the node is shutting down")
+        ticket._finish(None, error)
+        raise error
+
+    def cancel(self, ticket: Ticket, reason: S4Error) -> None:
+        """End a ticket, with everything that its command started. Does nothing if it is over."""
+        with self._lock:
+            if ticket in self._queues[ticket.kind]:
+                self._queues[ticket.kind].remove(ticket)
+                self._finished.append((ticket, None, reason))
+                self._wake()
+                return
+            for worker in self._workers.values():
+                if worker.ticket is ticket:
+                    self._kill(worker, reason)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Per kind the number of running and of waiting tickets."""
+        with self._lock:
+            return {kind.value: (self._running[kind], len(self._queues[kind])) for kind in Kind}
+
+    def stop(self) -> None:
+        """End all workers and what they run; everything unfinished fails with StoppingError."""
+        with self._lock:
+            self._stopping = True
+            error = StoppingError("the node is shutting down")
+            for queue in self._queues.values():
+                self._finished += [(ticket, None, error) for ticket in queue]
+                queue.clear()
+            for worker in self._workers.values():
+                self._kill(worker, error)
+            self._wake()
+        self._thread.join()
+
+    def _kill(self, worker: _Worker, reason: S4Error) -> None:
+        # Only SIGKILL is certain. Its connection then closes, and the loop does the rest.
+        worker.reason = worker.reason or reason
+        processes.kill(worker.pid)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake anyway
+            os.write(self._wake_send, b"\n")
+
+    def _dispatch(self) -> bool:
+        """Give tickets to idle workers; False if a ticket could run but needs a new worker."""
+        for kind in Kind:
+            queue = self._queues[kind]
+            while queue and self._running[kind] < self._limits[kind]:
+                if not self._idle:
+                    return False
+                worker = self._idle.pop()
+                ticket = queue.popleft()
+                self._running[kind] += 1
+                worker.ticket, ticket.pid = ticket, worker.pid
+                if ticket.time_limit is not None:
+                    worker.deadline = time.monotonic() + ticket.time_limit
+                    self._wake()  # the loop may be waiting for a later deadline
+                try:
+                    worker.connection.send((ticket.task, len(ticket.fds)))
+                    if ticket.fds:
+                        sendfds(worker.descriptors, ticket.fds)
+                except OSError:
+                    pass  # it died while idle: the loop notices, and fails the ticket
+                ticket._close_fds()  # the worker has its own now
+                ticket._started.set()
+        return True
+
+    def _loop(self) -> None:
+        next_retirement = time.monotonic() + IDLE_SECONDS
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                for worker in self._workers.values():
+                    if worker.deadline <= now and worker.ticket is not None and worker.reason is None:
+                        limit = worker.ticket.time_limit or 0
+                        self._kill(worker, errors.TimeLimitError(f"killed after its time limit of {limit:g} s"))
+                short = not self._dispatch() or len(self._workers) < SPARE_WORKERS
+                stopping = self._stopping
+                if now >= next_retirement:
+                    next_retirement = now + IDLE_SECONDS
+                    self._retire(now)
+                deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
+                finished, self._finished = self._finished, []
+            for ticket, answer, error in finished:
+                self._finish(ticket, answer, error)
+            if stopping and not self._workers:
+                return
+            if short and not stopping:
+                self._spawn()
+                continue
+            timeout = max(0.0, min([next_retirement, *deadlines]) - time.monotonic())
+            for key, _events in self._selector.select(timeout):
+                if key.data is None:
+                    os.read(self._wake_receive, 4096)
+                else:
+                    self._hear(key.data)
+
+    def _spawn(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_run_worker, args=(theirs, self._lifeline, self._scratch), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pid = process.pid
+        assert pid is not None
+        worker = _Worker(process, ours, socket.socket(fileno=os.dup(ours.fileno())), pid)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        with self._lock:
+            self._workers[pid] = worker
+            self._idle.append(worker)
+            if self._stopping:
+                self._kill(worker, StoppingError("the node is shutting down"))
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            answer: Result = worker.connection.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        with self._lock:
+            ticket = self._free(worker)
+            if worker.reason is None:
+                worker.idle_since = time.monotonic()
+                self._idle.append(worker)
+            self._dispatch()
+        if ticket is not None:
+            self._finish(ticket, answer, None)
+
+    def _free(self, worker: _Worker) -> Ticket | None:
+        ticket, worker.ticket, worker.deadline = worker.ticket, None, float("inf")
+        if ticket is not None:
+            self._running[ticket.kind] -= 1
+        return ticket
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker is gone, or its pipe is: make sure of it, of what it ran, and fail its one ticket."""
+        self._selector.unregister(worker.connection)
+        processes.kill(worker.pid)
+        worker.process.join(2)
+        exitcode = worker.process.exitcode
+        worker.connection.close()
+        worker.descriptors.close()
+        ours = os.getsid(0)
+        with self._lock:
+            del self._workers[worker.pid]
+            if worker in self._idle:
+                self._idle.remove(worker)
+        # Orphans of dead workers: commands run in sessions of their own, the fork server in ours.
+        processes.kill_children(lambda _pid, session: session != ours)
+        with self._lock:
+            ticket = self._free(worker)
+        if worker.reason is None:
+            log.warning("worker %d died, exit code %s", worker.pid, exitcode)
+        if ticket is not None:
+            self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
+
+    def _finish(self, ticket: Ticket, answer: Result, error: S4Error | None) -> None:
+        try:
+            ticket._finish(answer, error)
+        except Exception:
+            log.exception("the end of a ticket was not handled")
+
+    def _retire(self, now: float) -> None:
+        """End workers that have been idle for long, beyond the spare ones."""
+        surplus = len(self._idle) - SPARE_WORKERS
+        for worker in list(self._idle):
+            if surplus > 0 and now - worker.idle_since > IDLE_SECONDS:
+                surplus -= 1
+                self._idle.remove(worker)
+                self._kill(worker, StoppingError("idle"))
+
+
+def _run_worker(*args: Any) -> None:
+    # Imported here: the fork server has it loaded, the node itself never needs it.
+    from s4.workers.worker import main
+
+    main(*args)

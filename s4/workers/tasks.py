@@ -1,0 +1,124 @@
+"""What a worker can be asked to do, and what it answers. Plain data: it crosses between processes.
+
+Descriptors (a listening socket, opened files) travel beside a task, in the order given by its docstring.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Finished bytes at `file`: `size` in bytes and their checksum. `name` tells outputs apart."""
+
+    file: str
+    size: int
+    checksum: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Accept one connection from `peer` and write what comes to `files`, one after the other.
+
+    `sizes` in bytes; a single file may have None: all until the sender closes. Descriptors: the listening
+    socket. Answers Received.
+    """
+
+    files: list[str]
+    sizes: list[int | None]
+    peer: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """What arrived, file by file."""
+
+    files: list[StoredFile]
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send opened files one after the other, to a connection from `peer`, or to its port `port` if given.
+
+    Descriptors: the listening socket unless `port` is given, then the files. Answers None.
+    """
+
+    sizes: list[int]
+    peer: str
+    port: int | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """Run a bash command.
+
+    `folder` is made for it and removed afterwards; `work` is the beginning of paths for its files beside
+    that folder. Input: the file `stdin`, or the lines of `input_lines`. `collect` says what becomes of its
+    output: "stdout" (one file), "paths" (the files that stdout names). Answers Ran.
+    """
+
+    command: str
+    folder: str
+    work: str
+    collect: str
+    stdin: str | None = None
+    input_lines: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended. `exitcode` as bash reports it (128 + signal for a killed command).
+
+    `problem` says what is wrong with the outputs of a command that ended well. `stderr` is the whole
+    file's path and size; `tail` its last bytes.
+    """
+
+    exitcode: int
+    outputs: list[StoredFile]
+    stderr: StoredFile | None
+    tail: bytes
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Store finished files on another node, as one batch. Answers Pushed."""
+
+    server: str
+    fingerprint: str
+    entries: list[tuple[str, StoredFile]]  # (path of the key, bytes)
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Per entry None, or why the other node refused it."""
+
+    refused: list[str | None]
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Compute checksums of files. Answers Checksums."""
+
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """Per file (bytes, checksum, seconds since 1970 of its last change), or None if it cannot be read."""
+
+    found: list[tuple[int, str, int] | None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The task failed: `error` is the name of a class in s4.errors, `message` its text."""
+
+    error: str
+    message: str
+
+
+Task = Receive | Send | Command | Push | Checksum
+Result = Received | Ran | Pushed | Checksums | Failure | None

@@ -1,0 +1,99 @@
+"""Moving the bytes of keys: what a worker does for puts, gets, shuffles and reindex."""
+
+import os
+import socket
+
+from s4.errors import S4Error, TransferError
+from s4.exchange import put_stored
+from s4.http import Caller
+from s4.streams import (
+    IDLE_SECONDS,
+    Incoming,
+    checksum_of,
+    connect,
+    preallocate,
+    send_stored,
+    set_idle_limit,
+)
+from s4.workers.tasks import Checksum, Checksums, Push, Pushed, Receive, Received, Send, StoredFile
+
+
+def receive(task: Receive, fds: list[int]) -> Received:
+    """See tasks.Receive. Files of a transfer that fails are removed."""
+    made: list[str] = []
+    files: list[StoredFile] = []
+    try:
+        with _accept(fds[0], task.peer) as sock:
+            incoming = Incoming(sock)
+            for file, size in zip(task.files, task.sizes, strict=True):
+                fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                made.append(file)
+                try:
+                    if size is not None:
+                        preallocate(fd, size)
+                    arrived, checksum = incoming.copy(fd, size)
+                    if size is not None and arrived != size:
+                        raise TransferError(f"the sender closed after {arrived} of {size} bytes")
+                    os.fchmod(fd, 0o444)
+                finally:
+                    os.close(fd)
+                files.append(StoredFile(file, arrived, checksum))
+    except BaseException:
+        for file in made:
+            os.unlink(file)
+        raise
+    return Received(files)
+
+
+def send(task: Send, fds: list[int]) -> None:
+    """See tasks.Send."""
+    if task.port is None:
+        sock = _accept(fds[0], task.peer)
+        sources = fds[1:]
+    else:
+        sock = connect(task.peer, task.port)
+        sources = fds
+    with sock:
+        for source, size in zip(sources, task.sizes, strict=True):
+            send_stored(sock, source, size)
+
+
+def push(task: Push) -> Pushed:
+    """See tasks.Push."""
+    with Caller(task.server, task.fingerprint, task.timeout) as caller:
+        entries = [(path, stored.file, stored.size, stored.checksum) for path, stored in task.entries]
+        refused = put_stored(caller, entries)
+    return Pushed([None if e is None else str(e) for e in refused])
+
+
+def checksum(task: Checksum) -> Checksums:
+    """See tasks.Checksum."""
+    found: list[tuple[int, str, int] | None] = []
+    for file in task.files:
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            found.append(None)
+            continue
+        try:
+            size, digest = checksum_of(fd)
+            found.append((size, digest, int(os.fstat(fd).st_mtime)))
+        finally:
+            os.close(fd)
+    return Checksums(found)
+
+
+def _accept(fd: int, peer: str) -> socket.socket:
+    """The first connection from the address that prepared the transfer; others are turned away."""
+    with socket.socket(fileno=os.dup(fd)) as listener:
+        set_idle_limit(listener)
+        for _ in range(100):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                raise TransferError(f"nobody connected for {IDLE_SECONDS:g} seconds") from None
+            if address[0] == peer:
+                set_idle_limit(sock)
+                return sock
+            sock.close()
+    raise S4Error(f"too many strangers connected instead of {peer}")
