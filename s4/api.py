@@ -122,14 +122,20 @@ class _Gatekeeper:
         theirs = req.get_header(FINGERPRINT_HEADER)
         if theirs is not None and theirs != self._fingerprint:
             raise WrongNodeError(
-                f"{self._server} belongs to another cluster: its conf lists other servers, or in another order"
+                f"{self._server} belongs to another cluster: its conf has other servers or another order"
             )
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, _resource: object, _succeeded: bool
     ) -> None:
         milliseconds = (time.monotonic() - req.context.began) * 1000
-        log.info("%s %s %s %.1fms", req.method, req.relative_uri, falcon.code_to_http_status(resp.status)[:3], milliseconds)
+        log.info(
+            "%s %s %s %.1fms",
+            req.method,
+            req.relative_uri,
+            falcon.code_to_http_status(resp.status)[:3],
+            milliseconds,
+        )
 
 
 class Health:

@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 
 from s4.errors import FAILED, INTERRUPTED, MisuseError, S4Error
 
-_MARK = "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
+_MARK = (
+    "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
+)
 _CLOSED_PIPE = 128 + signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
 _PRESENTATION = ("stdout", "stderr")  # parameters of the Python face that are not for the command line
 
@@ -94,7 +96,8 @@ def _run(words: Sequence[str]) -> int:
 
 def _read_words(words: Sequence[str]) -> tuple[str, list[str], bool, str | None, bool]:
     """(command, positionals, recursive, conf, help) of a command line. Raises MisuseError."""
-    name, positionals, recursive, conf, wants_help = "", [], False, None, False
+    name, recursive, conf, wants_help = "", False, None, False
+    positionals: list[str] = []
     rest = list(words)
     plain = False  # after `--` everything is a positional
     while rest:

@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
 class Client:
     """A client of the cluster that a conf file describes.
 
-    conf: the conf file; without it the one that S4_CONF_PATH names, ~/.s4.conf, or one node on 127.0.0.1:8080.
+    conf: the conf file; without it the one that S4_CONF_PATH names, ~/.s4.conf, or the one-node default.
     Raises ConfError. All methods raise S4Error, whose text is one line for the user.
     """
 
@@ -79,13 +79,11 @@ class Client:
         return iter(merged.values())
 
     def _listing(self, path: str, parameters: dict[str, str]) -> Iterator[Entry]:
-        callers = [self.caller(server) for server in self.servers()]
-
-        def start(caller: Caller) -> Iterator[list[Entry]]:
+        def start(server: str) -> Iterator[list[Entry]]:
+            caller = self.caller(server)
             return rows(caller, caller.open("GET", path, parameters))
 
-        streams = at_once([lambda caller=caller: start(caller) for caller in callers])
-        return without_repeats(merge(streams))
+        return without_repeats(merge(at_once(start, self.servers())))
 
     def rm(self, prefix: str, *, recursive: bool = False) -> None:
         """Remove a key, or with -r every key that starts with a prefix.
@@ -108,7 +106,7 @@ class Client:
             with self.caller(server) as caller:
                 return caller.call("POST", "/delete", parameters)
 
-        at_once([lambda server=server: remove(server) for server in servers])
+        at_once(remove, servers)
 
     def eval(
         self, key: str, cmd: str, *, stdout: BinaryIO | None = None, stderr: BinaryIO | None = None
@@ -140,7 +138,7 @@ class Client:
                 output_size = int(response.getheader("Content-Length") or 0) - errors_size
             written = []
             for target, size in ((stdout, output_size), (stderr, errors_size)):
-                kept = []
+                kept: list[bytes] = []
                 while size > 0:
                     with caller.reading():
                         block = response.read(min(size, 256 * 1024))
@@ -208,10 +206,7 @@ class Client:
                 except (ValueError, TypeError, KeyError):
                     raise NodeError(server, "its answer makes no sense") from None
 
-        tasks = at_once(
-            [lambda server=server: run(server) for server in self.servers()],
-            on_failure=lambda: self._cancel(job_id),
-        )
+        tasks = at_once(run, self.servers(), on_failure=lambda: self._cancel(job_id))
         if sum(tasks) == 0:
             raise MissingError(f"nothing to map: no keys in {indir}")
         return sum(tasks)
@@ -224,7 +219,7 @@ class Client:
             except S4Error:
                 pass  # it is down, or has not begun or has ended its share; the first failure is what counts
 
-        at_once([lambda server=server: cancel(server) for server in self.servers()])
+        at_once(cancel, self.servers())
 
     def health(self) -> dict[str, str | None]:
         """Ask every server whether it is healthy: None, or what is wrong with it."""
@@ -270,9 +265,9 @@ def _with_scheme(text: str) -> str:
 
 
 def at_once(
-    calls: Sequence[Callable[[], T]], on_failure: Callable[[], None] = lambda: None
+    call: Callable[[str], T], servers: Sequence[str], on_failure: Callable[[], None] = lambda: None
 ) -> list[T]:
-    """Run calls in threads and return their results in order.
+    """Call all servers, each in a thread, and return the results in order.
 
     At the first failure, or a Ctrl-C, `on_failure()` is called, which should make the others end; then the
     first error is raised.
@@ -281,9 +276,9 @@ def at_once(
     errors: list[BaseException] = []
     changed = threading.Condition()
 
-    def run(i: int, call: Callable[[], T]) -> None:
+    def run(i: int, server: str) -> None:
         try:
-            result = call()
+            result = call(server)
         except BaseException as e:
             with changed:
                 errors.append(e)
@@ -293,12 +288,12 @@ def at_once(
                 results[i] = result
                 changed.notify()
 
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(servers)]
     for thread in threads:
         thread.start()
     try:
         with changed:
-            changed.wait_for(lambda: errors or len(results) == len(calls))
+            changed.wait_for(lambda: errors or len(results) == len(servers))
     except KeyboardInterrupt:
         on_failure()
         raise
@@ -308,4 +303,4 @@ def at_once(
         for thread in threads:
             thread.join(GRACE_SECONDS)
         raise first
-    return [results[i] for i in range(len(calls))]
+    return [results[i] for i in range(len(servers))]

@@ -277,9 +277,7 @@ class _Crew:
             for caller in self._active:
                 caller.abort()
 
-    def _work(
-        self, batches: Iterator[tuple[str, list[Item]]], advance: Callable[[list[Item]], None]
-    ) -> None:
+    def _work(self, batches: Iterator[tuple[str, list[Item]]], advance: Callable[[list[Item]], None]) -> None:
         callers: dict[str, Caller] = {}
         try:
             while True:
@@ -397,4 +395,8 @@ def _progress(files: int, size: int) -> Iterator[Callable[[list[Item]], None]]:
     from tqdm import tqdm
 
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"{files} files", leave=False) as bar:
-        yield lambda items: None if bar.update(sum(item.size for item in items)) else None
+
+        def advance(items: list[Item]) -> None:
+            bar.update(sum(item.size for item in items))
+
+        yield advance

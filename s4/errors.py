@@ -1,4 +1,4 @@
-"""The error tree. Everything that s4 raises on purpose is an S4Error, whose text is the one line a user sees."""
+"""The error tree. All that s4 raises on purpose is an S4Error, whose text is the one line a user sees."""
 
 # Exit codes of the `s4` command.
 FAILED = 1

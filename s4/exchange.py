@@ -54,9 +54,7 @@ def get_one(caller: Caller, path: str, target: int) -> None:
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
 
-def put_stored(
-    caller: Caller, entries: Sequence[tuple[str, str, int, str]]
-) -> list[S4Error | None]:
+def put_stored(caller: Caller, entries: Sequence[tuple[str, str, int, str]]) -> list[S4Error | None]:
     """Store finished files, given as (path of the key, file, size, checksum), as one batch.
 
     Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.

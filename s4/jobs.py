@@ -170,7 +170,15 @@ class _Job:
         with contextlib.suppress(StoppingError):
             error = None if self._error is None else str(self._error)
             self._jobs.records.job_ended(self.row.id, state, self.total, self.done, error)
-        log.info("job %s %s %s %d/%d %.0fms", self.row.id, self.row.kind, state, self.done, self.total, seconds * 1e3)
+        log.info(
+            "job %s %s %s %d/%d %.0fms",
+            self.row.id,
+            self.row.kind,
+            state,
+            self.done,
+            self.total,
+            seconds * 1e3,
+        )
         self.ended_s = time.monotonic()
 
     def _run(self) -> None:
@@ -301,7 +309,8 @@ class _Job:
         for server, waiting in self._unsent.items():
             under_way = sum(1 for to in self._pushes.values() if to == server)
             while waiting and under_way < PUSHES_PER_SERVER:
-                batch, size = [], 0
+                batch: list[tuple[str, StoredFile]] = []
+                size = 0
                 while waiting and len(batch) < MAX_BATCH_KEYS and size < MAX_BATCH_BYTES:
                     batch.append(waiting.pop(0))
                     size += batch[-1][1].size
@@ -352,4 +361,3 @@ def read_tail(path: str, size: int = 4096) -> bytes:
             return f.read()
     except FileNotFoundError:
         return b""
-

@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How an eval ended. `stdout` and `stderr` are descriptors of unnamed files, for the receiver to close."""
+    """How an eval ended. `stdout` and `stderr` are descriptors of unnamed files; the receiver closes them."""
 
     exitcode: int
     stdout: int
@@ -66,9 +66,7 @@ class Node:
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.temporary_file(""))
         self.gate = Gate(WAITING_REQUESTS)
-        self.transfers = Transfers(
-            address, self.keys, self.records, self.storage, self.pool, self.gate
-        )
+        self.transfers = Transfers(address, self.keys, self.records, self.storage, self.pool, self.gate)
         self.jobs = Jobs(
             conf,
             position,
@@ -83,9 +81,7 @@ class Node:
     def _recover(self) -> None:
         """Remove what a node that was killed left: half-written files, and files without a row."""
         self.storage.empty_temporary()
-        swept = sum(
-            self.storage.sweep(prefix, self.keys.exists) for prefix in self.records.left_by_crash()
-        )
+        swept = sum(self.storage.sweep(prefix, self.keys.exists) for prefix in self.records.left_by_crash())
         if swept:
             log.info("removed %d files that the last run left unfinished", swept)
         self.records.forget_crash()
@@ -175,9 +171,7 @@ class Node:
                 assert isinstance(answer, Ran)
                 return answer
 
-    def run_job(
-        self, kind: str, indir: str, outdir: str, command: str, job_id: str, timeout: float
-    ) -> int:
+    def run_job(self, kind: str, indir: str, outdir: str, command: str, job_id: str, timeout: float) -> int:
         """Run this node's share of a job to its end; returns its number of tasks. Raises S4Error."""
         row = JobRow(self._job_id(job_id), kind, indir, outdir, checked_command(command))
         with self.gate.waiting():

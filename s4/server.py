@@ -131,10 +131,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
 
-    from s4.api import make_app
-    from s4.node import WAITING_REQUESTS, Limits, Node
     from waitress import wasyncore
     from waitress.server import create_server
+
+    from s4.api import make_app
+    from s4.node import WAITING_REQUESTS, Limits, Node
 
     own = conf.servers[position]
     address = local_address(own.host)

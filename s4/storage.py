@@ -70,7 +70,7 @@ class Storage:
         return os.path.join(self.root, path)
 
     def open(self, path: str) -> int:
-        """A file descriptor that reads the key's file. Raises MissingError, or S4Error for a symbolic link."""
+        """A descriptor that reads the key's file. Raises MissingError, or S4Error for a symbolic link."""
         folder, name = os.path.split(path)
         try:
             with self._folder(folder) as fd:
@@ -217,7 +217,9 @@ def _explained(path: str, e: OSError) -> S4Error:
     if isinstance(e, S4Error):
         return e
     if e.errno in (errno.ELOOP, errno.ENOTDIR):
-        return ConflictError(f"{url(path)}: something that is no folder of keys, such as a symbolic link, is in the way")
+        return ConflictError(
+            f"{url(path)}: something that is no folder of keys, such as a symbolic link, is in the way"
+        )
     if e.errno in (errno.ENOTEMPTY, errno.EISDIR, errno.EEXIST):
         return ConflictError(f"{url(path)}: a folder with files that are no keys is in the way")
     return S4Error(f"{url(path)}: {e.strerror}")

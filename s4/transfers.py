@@ -25,6 +25,10 @@ UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirm
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 
 
+# Makes finished files keys of this node, given as (path, file); per file None or why it was refused.
+Publish = Callable[[Sequence[tuple[str, StoredFile]]], list[S4Error | None]]
+
+
 class Gate:
     """Bounds how many requests wait at once, so that some threads are always free to answer."""
 
@@ -148,7 +152,9 @@ class Transfers:
                 good.append((path, file))
             else:
                 outcome.append(
-                    TransferError(f"{url(path)}: checksum {checksum or 'missing'} was sent, but {file.checksum} came")
+                    TransferError(
+                        f"{url(path)}: checksum {checksum or 'missing'} was sent, but {file.checksum} came"
+                    )
                 )
         results = iter(self.publish(good))
         return [error if error is not None else next(results) for error in outcome]
@@ -177,7 +183,7 @@ class Transfers:
         fds: list[int] = []
         found = []
         with contextlib.ExitStack() as on_error:
-            on_error.callback(lambda: [os.close(fd) for fd in fds])
+            on_error.callback(_close_all, fds)
             for path, row in zip(paths, self._keys.get_all(paths), strict=True):
                 try:
                     if row is None:
@@ -254,6 +260,11 @@ class Transfers:
                     del self._transfers[transfer.uuid]
 
 
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 def wait_for_slot(pool: Pool, ticket: Ticket, gate: Gate) -> None:
     """Wait until a submitted ticket runs. Raises BusyError, with the ticket cancelled, if it takes long."""
     if ticket.wait_started(0):
@@ -267,6 +278,3 @@ def wait_for_slot(pool: Pool, ticket: Ticket, gate: Gate) -> None:
     if not started:
         pool.cancel(ticket, busy)
         raise busy
-
-
-Publish = Callable[[Sequence[tuple[str, StoredFile]]], list[S4Error | None]]

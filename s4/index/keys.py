@@ -55,7 +55,7 @@ class KeyIndex:
 
     def get_all(self, paths: Sequence[str]) -> list[KeyRow | None]:
         """The rows of many keys, None for a missing one."""
-        rows = []
+        rows: list[KeyRow | None] = []
         for path in paths:
             try:
                 rows.append(self.get(path))

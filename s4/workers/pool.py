@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import selectors
+import socket
 import threading
 import time
 from collections import deque
@@ -19,7 +20,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import sendfds
 from typing import Any
-import socket
 
 from s4 import errors
 from s4.errors import S4Error, StoppingError, WorkerDiedError
@@ -115,7 +115,7 @@ class _Worker:
 
 
 class Pool:
-    """Worker processes for one node. `limits` are numbers of tasks at once; `scratch` is a folder for them."""
+    """Worker processes for one node. `limits` are tasks at once; `scratch` is a folder for the workers."""
 
     def __init__(self, limits: dict[Kind, int], scratch: str) -> None:
         self._limits = limits
@@ -221,7 +221,9 @@ class Pool:
                 for worker in self._workers.values():
                     if worker.deadline <= now and worker.ticket is not None and worker.reason is None:
                         limit = worker.ticket.time_limit or 0
-                        self._kill(worker, errors.TimeLimitError(f"killed after its time limit of {limit:g} s"))
+                        self._kill(
+                            worker, errors.TimeLimitError(f"killed after its time limit of {limit:g} s")
+                        )
                 short = not self._dispatch() or len(self._workers) < SPARE_WORKERS
                 stopping = self._stopping
                 if now >= next_retirement:

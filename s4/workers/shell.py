@@ -84,7 +84,8 @@ class Shell:
         self._status, stdout = os.pipe()
         environment = {name: value for name, value in os.environ.items() if name != "BASH_ENV"}
         with os.fdopen(stdin, "rb") as r, os.fdopen(stdout, "wb") as w, open(os.devnull, "wb") as null:
-            self._process = sh.bash(
+            bash: Any = sh.bash  # its types know lists of exit codes, not ranges
+            self._process = bash(
                 *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job_file),
                 _in=r,
                 _out=w,

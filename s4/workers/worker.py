@@ -42,6 +42,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
                 _keep_from_commands(fd)
         except (EOFError, OSError):
             break
+        answer: Result
         try:
             answer = _perform(task, fds, commands)
         except S4Error as e:
@@ -66,7 +67,8 @@ def _perform(task: Task, fds: list[int], commands: Commands) -> Result:
         case Receive():
             return transfers.receive(task, fds)
         case Send():
-            return transfers.send(task, fds)
+            transfers.send(task, fds)
+            return None
         case Push():
             return transfers.push(task)
         case Checksum():
