@@ -56,11 +56,11 @@ def m0002_transfers_and_removals(db: Database) -> None:
         CREATE TABLE transfers (
             uuid      TEXT    NOT NULL PRIMARY KEY,
             direction TEXT    NOT NULL,              -- put or get
-            path      TEXT    NOT NULL,              -- of the first key
             keys      INTEGER NOT NULL,              -- number of keys that travel together
             bytes     INTEGER,                       -- null: not known beforehand
             peer      TEXT    NOT NULL,              -- address of the other side
-            started_s REAL    NOT NULL
+            started_s REAL    NOT NULL,
+            paths     TEXT    NOT NULL               -- of the keys, a JSON list
         ) WITHOUT ROWID;
 
         CREATE TABLE removals (

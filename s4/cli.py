@@ -7,6 +7,7 @@ Commands import what they need when they run: `s4` runs in loops, and its start-
 
 import importlib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from s4.errors import FAILED, INTERRUPTED, MisuseError, S4Error
+
+# A Ctrl-C before main() can catch it ends the process without a traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
@@ -42,8 +46,10 @@ commands: {", ".join(_COMMANDS)}
 
 def main() -> NoReturn:
     """Run `s4` with the arguments of this process, and exit."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind, as for Ctrl-C
+    _open_standard_streams()
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         code = _run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -58,14 +64,27 @@ def main() -> NoReturn:
             print(f"failed: {_printable(line)}", file=sys.stderr)
         print(f"fatal: {_printable(str(e))}", file=sys.stderr)
         code = e.exit_code
-    except OSError as e:
+    except Exception as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
-        print(f"fatal: {_printable(str(e))}", file=sys.stderr)
+        print(f"fatal: {_printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
         code = FAILED
     # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
     sys.stderr.flush()
     os._exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Make sure of stdin, stdout and stderr, so that no socket becomes one, and that they take any key."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while os.open(os.devnull, os.O_RDWR) <= 2:
+            pass
+        sys.stdin = sys.stdin or os.fdopen(0)
+        sys.stdout = sys.stdout or os.fdopen(1, "w")
+        sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _printable(text: str) -> str:
@@ -82,9 +101,9 @@ def _run(words: Sequence[str]) -> int:
     calls: list[tuple[tuple[str, ...], dict[str, bool]]] = []
     commands = {shown: _recorder(getattr(Client, method), calls) for shown, method in _COMMANDS.items()}
     if wants_help:
-        argv = [name, "--help"]
+        argv = [name, "--", "--help"]
     else:
-        _check_count(name, commands[name], positionals, recursive)
+        _check_count(name, getattr(Client, _COMMANDS[name]), positionals, recursive)
         argv = [name, *(_MARK + word for word in positionals), *(["--recursive=True"] if recursive else [])]
     _fire(commands, argv)
     if wants_help:
@@ -132,8 +151,13 @@ def _is_command_line(name: str, positionals: list[str], word: str) -> bool:
     return len(positionals) == place and word not in ("--", "-h", "--help", "-c", "--conf")
 
 
-def _check_count(name: str, command: Callable[..., None], positionals: list[str], recursive: bool) -> None:
-    parameters = inspect.signature(command).parameters.values()
+def _parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    found = inspect.signature(method).parameters.values()
+    return [p for p in found if p.name not in ("self", *_PRESENTATION)]
+
+
+def _check_count(name: str, method: Callable[..., Any], positionals: list[str], recursive: bool) -> None:
+    parameters = _parameters(method)
     places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = [p for p in places if p.default is p.empty]
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -153,9 +177,14 @@ def _recorder(
     def record(*args: str, **options: bool) -> None:
         calls.append((args, options))
 
-    signature = inspect.signature(method)
-    shown = [p for p in signature.parameters.values() if p.name not in ("self", *_PRESENTATION)]
-    record.__signature__ = signature.replace(parameters=shown, return_annotation=None)  # type: ignore[attr-defined]
+    # Fire would offer an optional positional as a flag.
+    shown = [
+        p.replace(kind=p.VAR_POSITIONAL, default=p.empty)
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
+        else p
+        for p in _parameters(method)
+    ]
+    vars(record)["__signature__"] = inspect.Signature(shown)
     record.__name__ = method.__name__
     record.__doc__ = method.__doc__
     return record
@@ -179,12 +208,17 @@ def _without(name: str, **attributes: Any) -> Iterator[None]:
 def _fire(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:
     with _without("asyncio", iscoroutinefunction=lambda _function: False):
         fire = importlib.import_module("fire")
-    fire.core.Display = lambda lines, out: print("\n".join(lines), file=sys.stdout)  # without a pager
+    fire.core.Display = lambda lines, out: _show_help("\n".join(lines))  # without a pager
     try:
         fire.Fire(commands, command=argv, name="s4")
     except SystemExit as e:
         if e.code:
             raise MisuseError(f"s4 {argv[0]}: arguments not understood; see s4 {argv[0]} --help") from None
+
+
+def _show_help(text: str) -> None:
+    # What Fire says of flags for positionals is not so here, and its separator is no part of a command.
+    print(text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -"))
 
 
 def _show_cp(client: Any, src: str, dst: str, recursive: bool = False) -> int:

@@ -197,9 +197,14 @@ def _local_files(top: str, failures: list[str]) -> Iterator[tuple[str, str]]:
             failures.append(f"{folder}: a symbolic link to a folder above it")
             continue
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as e:  # such as a symbolic link to itself
+                failures.append(f"{entry.path}: {e.strerror}")
+                continue
+            if is_folder:
                 pending.append((entry.path, f"{below}{entry.name}/", above | {identity}))
-            elif entry.is_file():
+            elif is_file:
                 yield entry.path, below + entry.name
             else:
                 what = "a broken symbolic link" if entry.is_symlink() else "not a file"

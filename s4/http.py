@@ -132,12 +132,12 @@ class Caller:
 
     def _ask(self, method: str, target: str, body: bytes | None, silence: float) -> HTTPResponse:
         headers = {FINGERPRINT_HEADER: self._fingerprint}
-        if self._connection is not None:
-            try:
-                return self._exchange(self._connection, method, target, body, headers, silence)
-            except (RemoteDisconnected, ConnectionError):
-                self.close()  # the node may close an idle connection at any time: once more on a new one
         with self.reading():
+            if self._connection is not None:
+                try:
+                    return self._exchange(self._connection, method, target, body, headers, silence)
+                except (RemoteDisconnected, ConnectionError):
+                    self.close()  # the node may close an idle connection at any time: once more on a new one
             connection = HTTPConnection(self.host, self.port, timeout=min(CONNECT_SECONDS, silence))
             connection.connect()
             _notice_dead_hosts(connection.sock)

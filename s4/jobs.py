@@ -322,7 +322,10 @@ class _Job:
 
     def _pushed(self, ticket: Ticket) -> None:
         assert isinstance(ticket.task, Push)
-        answer = ticket.result()
+        try:
+            answer = ticket.result()
+        except S4Error as e:
+            raise CommandError(f"outputs of {self._jobs.server} for {self._pushes[ticket]}: {e}") from e
         assert isinstance(answer, Pushed)
         del self._pushes[ticket]
         for _path, file in ticket.task.entries:
@@ -331,7 +334,8 @@ class _Job:
             self._unsent_bytes -= file.size
         for refusal in answer.refused:
             if refusal is not None:
-                raise ConflictError(f"{refusal} (an output from {self._jobs.server})")
+                error = ConflictError if refusal.error == ConflictError.__name__ else CommandError
+                raise error(f"{refusal.message} (an output of {self._jobs.server})")
 
     def _abandon(self) -> None:
         """Nothing of a failed job runs on, and nothing of it stays but the keys that it stored."""

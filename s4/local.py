@@ -1,6 +1,7 @@
 """s4-server local: several nodes on loopback, in the foreground, for a laptop or a try-out."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -60,10 +61,7 @@ def _ports(nodes: int, folder: str, conf: str) -> list[int]:
         if len(ports) != nodes:
             raise S4Error(f"{conf} is for {len(ports)} nodes, not {nodes}: take another --dir")
         return ports
-    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(nodes)]
-    ports = [sock.getsockname()[1] for sock in free]
-    for sock in free:
-        sock.close()
+    ports = _free_ports(nodes)
     try:
         os.makedirs(folder, exist_ok=True)
         with open(conf, "w", encoding="utf-8") as f:
@@ -71,6 +69,21 @@ def _ports(nodes: int, folder: str, conf: str) -> list[int]:
     except OSError as e:
         raise S4Error(f"{folder}: {e.strerror}") from e
     return ports
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now, below those that the kernel gives to connections."""
+    found: list[int] = []
+    for port in random.sample(range(10_000, 32_000), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise S4Error(f"there are no {count} free ports on 127.0.0.1")
 
 
 def _start(number: int, port: int, folder: str, conf: str) -> "subprocess.Popen[bytes]":

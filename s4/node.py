@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from s4.config import Conf
-from s4.errors import BadRequestError, S4Error, WrongNodeError
+from s4.errors import BadRequestError, CancelledError, S4Error, WrongNodeError
 from s4.index import Database, JobRow, KeyIndex, Records
 from s4.index.keys import ListRow
 from s4.jobs import Jobs
 from s4.keys import new_job_id, owner, parse_key, parse_prefix, url
+from s4.recovery import recover
 from s4.storage import Storage
 from s4.transfers import Gate, Transfers, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
@@ -62,9 +63,9 @@ class Node:
         self.database = Database(self.storage.index_path)
         self.keys = KeyIndex(self.database)
         self.records = Records(self.database)
-        self._recover()
+        recover(self.storage, self.keys, self.records)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
-        self.pool = Pool(slots, self.storage.temporary_file(""))
+        self.pool = Pool(slots, self.storage.run_folder)
         self.gate = Gate(WAITING_REQUESTS)
         self.transfers = Transfers(address, self.keys, self.records, self.storage, self.pool, self.gate)
         self.jobs = Jobs(
@@ -77,14 +78,6 @@ class Node:
             self.transfers.publish,
             limits.cpu_jobs,
         )
-
-    def _recover(self) -> None:
-        """Remove what a node that was killed left: half-written files, and files without a row."""
-        self.storage.empty_temporary()
-        swept = sum(self.storage.sweep(prefix, self.keys.exists) for prefix in self.records.left_by_crash())
-        if swept:
-            log.info("removed %d files that the last run left unfinished", swept)
-        self.records.forget_crash()
 
     def own_key(self, text: str) -> str:
         """The path of a key that belongs here. Raises BadKeyError or WrongNodeError."""
@@ -135,15 +128,19 @@ class Node:
             [],
             {"filename": os.path.basename(path)},
         )
-        ticket = self.pool.submit(Ticket(Kind.COMPUTE, task, time_limit=timeout))
-        wait_for_slot(self.pool, ticket, self.gate)
-        self.records.job_began(row)
-        try:
-            ran = self._wait(ticket, abandoned)
-        except S4Error as e:
-            self.records.job_ended(row.id, "failed", 1, 0, str(e))
-            self.storage.discard(row.id)
-            raise
+        with self.gate.waiting():
+            ticket = self.pool.submit(Ticket(Kind.COMPUTE, task, time_limit=timeout, urgent=True))
+            wait_for_slot(self.pool, ticket)
+            try:
+                self.records.job_began(row)
+                ran = self._wait(ticket, abandoned)
+            except BaseException as e:
+                self.pool.cancel(ticket, S4Error("the eval failed"))
+                with contextlib.suppress(S4Error):
+                    ticket.result()
+                self.storage.discard(row.id)
+                self.records.job_ended(row.id, "failed", 1, 0, str(e))
+                raise
         error = None if ran.exitcode == 0 else f"exit code {ran.exitcode}"
         self.records.job_ended(row.id, "failed" if error else "done", 1, 1, error)
         stdout, stderr = ran.outputs[0], ran.stderr
@@ -160,16 +157,15 @@ class Node:
             )
 
     def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:
-        with self.gate.waiting():
-            while True:
-                try:
-                    answer = ticket.result(0.5)
-                except TimeoutError:
-                    if abandoned():
-                        self.pool.cancel(ticket, S4Error("the caller went away"))
-                    continue
-                assert isinstance(answer, Ran)
-                return answer
+        while True:
+            try:
+                answer = ticket.result(0.5)
+            except TimeoutError:
+                if abandoned():
+                    self.pool.cancel(ticket, CancelledError("the caller went away"))
+                continue
+            assert isinstance(answer, Ran)
+            return answer
 
     def run_job(self, kind: str, indir: str, outdir: str, command: str, job_id: str, timeout: float) -> int:
         """Run this node's share of a job to its end; returns its number of tasks. Raises S4Error."""
@@ -194,7 +190,6 @@ class Node:
         self.jobs.stop()
         self.pool.stop()
         self.storage.empty_temporary()
-        self.records.forget_crash()
         self.database.close()
         self.storage.close()
 

@@ -8,8 +8,9 @@ from itertools import islice
 
 from s4.config import Conf
 from s4.errors import BadKeyError
-from s4.index import Database, KeyIndex, KeyRow
+from s4.index import Database, KeyIndex, KeyRow, Records
 from s4.keys import owner, parse_key
+from s4.recovery import recover
 from s4.storage import Storage
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Checksum, Checksums
@@ -26,8 +27,9 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     storage = Storage(data)
     database = Database(storage.index_path)
     keys = KeyIndex(database)
+    recover(storage, keys, Records(database))
     cpus = len(os.sched_getaffinity(0))
-    pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.temporary_file(""))
+    pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)
     counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}
     try:
         under_way: list[tuple[list[str], Ticket]] = []

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ HOUSEKEEPING_SECONDS = 1.0
 STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
 SPARE_THREADS = 8  # of waitress, beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
+SEND_BUFFER = 128 * 1024
 
 log = logging.getLogger("s4.server")
 
@@ -128,8 +130,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     timeout = timeout_setting()
     _start_log()
     _raise_file_limit()
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    signal.signal(signal.SIGINT, _exit_on_signal)
+    stopping = _Stopping()
 
     from waitress import wasyncore
     from waitress.server import create_server
@@ -159,12 +160,14 @@ def _serve(arguments: argparse.Namespace) -> None:
     except OSError as e:
         node.stop()
         raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
+    # Connections inherit it. waitress sends blocks as large as this, by default megabytes for each reader.
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
     log.info("node %s serves %s", own, node.storage.root)
-    try:
-        wasyncore.loop(timeout=1, map=sockets, use_poll=True)
-    except SystemExit:
-        _stop(node, server, sockets)
+    stopping.wake = server.pull_trigger
+    while not stopping.asked:
+        wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)
+    _stop(node, server, sockets)
 
 
 def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:
@@ -185,10 +188,18 @@ def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:
     os._exit(0)  # threads of requests may still hold on to clients that are slow
 
 
-def _exit_on_signal(_number: int, _frame: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(0)
+class _Stopping:
+    """Notes SIGTERM and Ctrl-C. An exception could be lost wherever the signal happens to arrive."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.wake: Callable[[], None] = lambda: None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.asked = True
+        self.wake()
 
 
 def _keep_house(node: "Node") -> None:

@@ -3,6 +3,7 @@
     _tempfiles/   bytes that arrive or were just made, not yet a key
     _tempdirs/    a folder per running command
     _index/       node.db
+    _run/         what the worker processes need while they run
     BUCKET/…      the keys, mode 0444
 
 Contract: a path is `BUCKET/DIR/NAME` as the key rules allow it; its file is reached one folder at a time
@@ -22,7 +23,7 @@ from s4.errors import ConflictError, MissingError, S4Error
 from s4.keys import url
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OWN_FOLDERS = ("_index", "_tempfiles", "_tempdirs")
+_FLEETING_FOLDERS = ("_tempfiles", "_tempdirs", "_run")
 
 
 class Storage:
@@ -34,7 +35,7 @@ class Storage:
     def __init__(self, root: str) -> None:
         self.root = os.path.realpath(root)
         try:
-            for name in _OWN_FOLDERS:
+            for name in ("_index", *_FLEETING_FOLDERS):
                 os.makedirs(os.path.join(self.root, name), exist_ok=True)
             self._lock = os.open(os.path.join(self.root, "_index", "lock"), os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as e:
@@ -55,6 +56,11 @@ class Storage:
     def index_path(self) -> str:
         """Where node.db lies."""
         return os.path.join(self.root, "_index", "node.db")
+
+    @property
+    def run_folder(self) -> str:
+        """A folder for the worker processes."""
+        return os.path.join(self.root, "_run")
 
     def temporary_file(self, name: str) -> str:
         """The path of a file for bytes that are not yet a key."""
@@ -156,26 +162,13 @@ class Storage:
 
     def empty_temporary(self) -> None:
         """Remove everything that is not a key: what a node that was killed left."""
-        for name in ("_tempfiles", "_tempdirs"):
+        for name in _FLEETING_FOLDERS:
             folder = os.path.join(self.root, name)
             for entry in os.scandir(folder):
                 remove_tree(entry.path)
 
-    def sweep(self, prefix: str, exists: Callable[[str], bool]) -> int:
-        """Remove files that start with `prefix` and are no keys; returns how many."""
-        top = os.path.join(self.root, prefix)
-        if os.path.isdir(top) and not os.path.islink(top.rstrip("/")):
-            found = list(self.walk(prefix.rstrip("/")))
-        else:
-            parent = os.path.dirname(prefix)
-            found = [p for p in self.walk(parent) if p.startswith(prefix)] if parent else []
-        doomed = [path for path in found if not exists(path)]
-        for path in doomed:
-            self.unlink(path)
-        return len(doomed)
-
     def walk(self, folder: str = "") -> Iterator[str]:
-        """The path of every plain file below a folder, in no order; symbolic links are left out."""
+        """The path of every plain file of keys below a folder, in no order; symbolic links are left out."""
         pending = [folder]
         while pending:
             current = pending.pop()

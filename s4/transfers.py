@@ -106,8 +106,9 @@ class Transfers:
             task = Receive(files, sizes, peer)
             ticket = self._start(Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())]))
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        self._records.transfer_began(name, "put", wanted[0][0], len(wanted), total, peer)
-        self._transfers[name] = _Transfer(name, [path for path, _size in wanted], ticket, files)
+        paths = [path for path, _size in wanted]
+        self._records.transfer_began(name, "put", paths, total, peer)
+        self._transfers[name] = _Transfer(name, paths, ticket, files)
         return Prepared(name, port, refused, [])
 
     def confirm_put(self, name: str, checksums: Sequence[str]) -> list[S4Error | None]:
@@ -205,11 +206,10 @@ class Transfers:
             on_error.pop_all()
         ticket = self._start(Ticket(Kind.SEND, Send([row.size for row in found], peer, port), fds))
         total = sum(row.size for row in found)
-        self._records.transfer_began(name, "get", found[0].path, len(found), total, peer)
+        held = [row.path for row in found]
+        self._records.transfer_began(name, "get", held, total, peer)
         checksums = [row.checksum for row in found]
-        self._transfers[name] = _Transfer(
-            name, [row.path for row in found], ticket, [], checksums, confirmed_by_caller=confirmed
-        )
+        self._transfers[name] = _Transfer(name, held, ticket, [], checksums, confirmed_by_caller=confirmed)
         return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
 
     def confirm_get(self, name: str, checksum: str) -> None:
@@ -234,7 +234,13 @@ class Transfers:
     def _start(self, ticket: Ticket) -> Ticket:
         """Submit a ticket and wait until it has its slot."""
         self._pool.submit(ticket)
-        wait_for_slot(self._pool, ticket, self._gate)
+        if not ticket.wait_started(0):
+            try:
+                with self._gate.waiting():
+                    wait_for_slot(self._pool, ticket)
+            except BusyError as e:
+                self._pool.cancel(ticket, e)
+                raise
         return ticket
 
     def _end(self, transfer: _Transfer) -> None:
@@ -265,16 +271,9 @@ def _close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def wait_for_slot(pool: Pool, ticket: Ticket, gate: Gate) -> None:
+def wait_for_slot(pool: Pool, ticket: Ticket) -> None:
     """Wait until a submitted ticket runs. Raises BusyError, with the ticket cancelled, if it takes long."""
-    if ticket.wait_started(0):
-        return
-    busy = BusyError("all slots are taken; try again later")
-    try:
-        with gate.waiting():
-            started = ticket.wait_started(SLOT_SECONDS)
-    except BusyError as e:
-        started, busy = False, e
-    if not started:
+    if not ticket.wait_started(SLOT_SECONDS):
+        busy = BusyError("all slots are taken; try again later")
         pool.cancel(ticket, busy)
         raise busy

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s4.errors import S4Error
+from s4.errors import S4Error, StoppingError
 
+# A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
 _PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     PRAGMA temp_store = MEMORY;
-    PRAGMA cache_size = -8000;
+    PRAGMA cache_size = -1000;
 """
 
 
@@ -35,6 +36,7 @@ class Database:
         try:
             _migrate(path)
             self._writer = self._connect()
+            self._writer.execute("PRAGMA cache_size = -8000")
         except sqlite3.DatabaseError as e:
             raise S4Error(
                 f"{path}: {e}; move it away and run 's4-server reindex' to rebuild it from the files"
@@ -42,6 +44,7 @@ class Database:
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
         self._local = threading.local()
+        self._closed = False
 
     def _connect(self) -> sqlite3.Connection:
         # Autocommit, so that transactions are only where they are written down. The writer moves between
@@ -54,6 +57,8 @@ class Database:
     def write(self) -> Iterator[sqlite3.Connection]:
         """One transaction; rolled back if the block raises."""
         with self._write_lock:
+            if self._closed:
+                raise StoppingError("the node is shutting down")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -80,6 +85,7 @@ class Database:
     def close(self) -> None:
         """Close the writer; SQLite then folds the WAL into node.db."""
         with self._write_lock:
+            self._closed = True
             self._writer.close()
 
 

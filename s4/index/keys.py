@@ -113,6 +113,7 @@ class KeyIndex:
         """Remove every key that starts with `prefix`; returns how many. A last segment that is a whole
         bucket name stands for that bucket only."""
         start, end = bounds(prefix)
+        prefix = start
         total = 0
         while True:
             removed = self._remove(

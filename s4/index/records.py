@@ -3,7 +3,9 @@
 They are written for people who look in with SQL, and for the sweep after a crash.
 """
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s4.index.database import Database
@@ -30,13 +32,13 @@ class Records:
         self._db = database
 
     def transfer_began(
-        self, uuid: str, direction: str, path: str, keys: int, size: int | None, peer: str
+        self, uuid: str, direction: str, paths: Sequence[str], size: int | None, peer: str
     ) -> None:
         """A transfer got its slot. `size` in bytes, None if it is not known beforehand."""
         with self._db.write() as db:
             db.execute(
                 "INSERT INTO transfers VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (uuid, direction, path, keys, size, peer, time.time()),
+                (uuid, direction, len(paths), size, peer, time.time(), json.dumps(paths, ensure_ascii=False)),
             )
 
     def transfer_ended(self, uuid: str) -> None:
@@ -46,11 +48,13 @@ class Records:
 
     def job_began(self, job: JobRow) -> bool:
         """Record a job; False if it is recorded already (a retry after a lost answer)."""
+        # Bytes of a command that are no UTF-8 are shown as \udcXX; SQLite stores only characters.
+        command = job.command.encode("utf-8", "backslashreplace").decode()
         with self._db.write() as db:
             cursor = db.execute(
                 "INSERT OR IGNORE INTO jobs (id, kind, indir, outdir, command, state, started_s)"
                 " VALUES (?, ?, ?, ?, ?, 'running', ?)",
-                (job.id, job.kind, job.indir, job.outdir, job.command, time.time()),
+                (job.id, job.kind, job.indir, job.outdir, command, time.time()),
             )
             return cursor.rowcount == 1
 
@@ -76,16 +80,17 @@ class Records:
                 (time.time() - KEEP_SECONDS, KEEP_JOBS),
             )
 
-    def left_by_crash(self) -> list[str]:
-        """Prefixes below which the node that ran before may have left files without a row."""
+    def left_by_crash(self) -> tuple[list[str], list[str]]:
+        """(paths, prefixes) where the node that ran before may have left files without a row."""
         db = self._db.read()
-        prefixes = [path for (path,) in db.execute("SELECT path FROM transfers WHERE direction = 'put'")]
-        prefixes += [prefix for (prefix,) in db.execute("SELECT prefix FROM removals")]
+        puts = "SELECT value FROM transfers, json_each(paths) WHERE direction = 'put'"
+        paths = [path for (path,) in db.execute(puts)]
+        prefixes = [prefix for (prefix,) in db.execute("SELECT prefix FROM removals")]
         prefixes += [
             outdir.removeprefix("s4://")
             for (outdir,) in db.execute("SELECT outdir FROM jobs WHERE state = 'running' AND outdir != ''")
         ]
-        return prefixes
+        return paths, prefixes
 
     def forget_crash(self) -> None:
         """After the sweep: nothing is under way any more, and running jobs were interrupted."""

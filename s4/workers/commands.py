@@ -13,10 +13,10 @@ TAIL_BYTES = 64 * 1024  # of stderr, kept for the report
 
 
 class Commands:
-    """Runs commands one after the other in one kept bash. `scratch` is the beginning of its own paths."""
+    """Runs commands one after the other in one kept bash, told through the file `shell_file`."""
 
-    def __init__(self, scratch: str) -> None:
-        self._shell = Shell(scratch + ".job")
+    def __init__(self, shell_file: str) -> None:
+        self._shell = Shell(shell_file)
 
     def tidy(self) -> None:
         """Called when nothing is to do."""
@@ -64,6 +64,8 @@ def _named_files(listing: str, folder: str, work: str) -> tuple[list[StoredFile]
     found: dict[str, str] = {}
     for raw in printed:
         text = os.fsdecode(raw)
+        if "\0" in text:
+            return [], f"it printed {text!r}, which is no path"
         path = os.path.realpath(os.path.join(top, text))
         name = os.path.basename(os.path.normpath(text))
         if os.path.commonpath([top, path]) != top:

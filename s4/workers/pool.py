@@ -8,6 +8,7 @@ import contextlib
 import enum
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import selectors
 import socket
@@ -24,10 +25,11 @@ from typing import Any
 from s4 import errors
 from s4.errors import S4Error, StoppingError, WorkerDiedError
 from s4.workers import processes
-from s4.workers.tasks import Failure, Result, Task
+from s4.workers.tasks import Failure, Result, Task, shell_file
 
 SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
 IDLE_SECONDS = 10.0
+MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 107
 
 log = logging.getLogger("s4.pool")
 
@@ -50,13 +52,16 @@ class Ticket:
         fds: Sequence[int] = (),
         time_limit: float | None = None,
         on_done: Callable[["Ticket"], None] | None = None,
+        urgent: bool = False,
     ) -> None:
-        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread."""
+        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. An urgent
+        ticket, for which a request waits, goes before those of jobs, which come by the thousand."""
         self.kind = kind
         self.task = task
         self.fds = list(fds)
         self.time_limit = time_limit
         self.on_done = on_done
+        self.urgent = urgent
         self.pid: int | None = None
         self.done_s = 0.0  # monotonic
         self._started = threading.Event()
@@ -132,6 +137,10 @@ class Pool:
         os.set_blocking(self._wake_send, False)
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         processes.become_subreaper()
+        if len(scratch) < MAX_SOCKET_FOLDER:
+            # Otherwise the fork server's socket lies in a folder of /tmp, where a killed node leaves it.
+            config: dict[str, Any] = vars(multiprocessing.process.current_process())["_config"]
+            config["tempdir"] = scratch
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["s4.workers.worker"])
         self._lifeline, self._lifeline_end = self._context.Pipe(duplex=False)
@@ -142,7 +151,10 @@ class Pool:
         """Queue a ticket. Raises StoppingError (and closes its descriptors) when the pool is stopping."""
         with self._lock:
             if not self._stopping:
-                self._queues[ticket.kind].append(ticket)
+                queue = self._queues[ticket.kind]
+                queue.insert(
+                    sum(1 for other in queue if other.urgent) if ticket.urgent else len(queue), ticket
+                )
                 if not self._dispatch():
                     self._wake()
                 return ticket
@@ -300,6 +312,8 @@ class Pool:
         processes.kill_children(lambda _pid, session: session != ours)
         with self._lock:
             ticket = self._free(worker)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(shell_file(self._scratch, worker.pid))
         if worker.reason is None:
             log.warning("worker %d died, exit code %s", worker.pid, exitcode)
         if ticket is not None:

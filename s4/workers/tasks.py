@@ -3,7 +3,16 @@
 Descriptors (a listening socket, opened files) travel beside a task, in the order given by its docstring.
 """
 
+import os
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The task failed: `error` is the name of a class in s4.errors, `message` its text."""
+
+    error: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,9 @@ class Push:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Per entry None, or why the other node refused it."""
+    """Per entry None, or why the other node refused it: the name of a class in s4.errors, and its text."""
 
-    refused: list[str | None]
+    refused: list[Failure | None]
 
 
 @dataclass(frozen=True)
@@ -112,12 +121,9 @@ class Checksums:
     found: list[tuple[int, str, int] | None]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The task failed: `error` is the name of a class in s4.errors, `message` its text."""
-
-    error: str
-    message: str
+def shell_file(scratch: str, pid: int) -> str:
+    """The file through which a worker tells its bash what to run."""
+    return os.path.join(scratch, f"worker-{pid}.job")
 
 
 Task = Receive | Send | Command | Push | Checksum

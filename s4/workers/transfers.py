@@ -15,7 +15,7 @@ from s4.streams import (
     send_stored,
     set_idle_limit,
 )
-from s4.workers.tasks import Checksum, Checksums, Push, Pushed, Receive, Received, Send, StoredFile
+from s4.workers.tasks import Checksum, Checksums, Failure, Push, Pushed, Receive, Received, Send, StoredFile
 
 
 def receive(task: Receive, fds: list[int]) -> Received:
@@ -63,7 +63,7 @@ def push(task: Push) -> Pushed:
     with Caller(task.server, task.fingerprint, task.timeout) as caller:
         entries = [(path, stored.file, stored.size, stored.checksum) for path, stored in task.entries]
         refused = put_stored(caller, entries)
-    return Pushed([None if e is None else str(e) for e in refused])
+    return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
 
 
 def checksum(task: Checksum) -> Checksums:

@@ -16,7 +16,7 @@ from typing import Any
 from s4.errors import S4Error
 from s4.workers import processes, transfers
 from s4.workers.commands import Commands
-from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task
+from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task, shell_file
 
 _QUIET_SECONDS = 0.2  # without a task for so long, the worker tidies up
 
@@ -30,7 +30,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
         _keep_from_commands(int(name))
     processes.become_subreaper()
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
-    commands = Commands(os.path.join(scratch, f"worker-{os.getpid()}"))
+    commands = Commands(shell_file(scratch, os.getpid()))
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
     while True:
         if not connection.poll(_QUIET_SECONDS):

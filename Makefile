@@ -1,0 +1,50 @@
+# Everything a clone needs: `make demo`, `make test`, `make check`, `make clean`.
+# Needs Python 3.11 or newer, make and bash. The virtual environment is built on first use.
+
+SHELL := bash
+
+# Another Python: make PYTHON=/path/to/python3. Otherwise the first that is new enough.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+
+# Test processes at once, and further options of pytest: make test JOBS=4 ARGS='-k placement'
+JOBS ?= 2
+ARGS ?=
+
+BIN   := .venv/bin
+READY := .venv/.installed
+CODE  := s4 migrations tests examples
+
+.PHONY: help check test demo clean
+
+help:
+	@echo 'make demo         three nodes on this machine answer questions about 336,776 flights'
+	@echo 'make demo KEEP=1  the same, and the cluster stays up'
+	@echo 'make test         the tests'
+	@echo 'make check        lint, format and types'
+	@echo 'make clean        remove everything that make has made'
+
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" KEEP="$(KEEP)" bash examples/flights/demo.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+check: $(READY)
+	$(BIN)/python -m ruff check $(CODE)
+	$(BIN)/python -m ruff format --check $(CODE)
+	$(BIN)/python -m mypy --strict $(CODE)
+
+# Installed once, and again when the dependencies change; the code itself is used in place.
+$(READY): pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo 'fatal: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo 'fatal: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'making .venv (once)'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,23 @@
+"""After a crash: remove what the run before left unfinished, so that files and index agree again."""
+
+import logging
+
+from s4.index import KeyIndex, Records
+from s4.storage import Storage
+
+log = logging.getLogger("s4.recovery")
+
+
+def recover(storage: Storage, keys: KeyIndex, records: Records) -> None:
+    """Remove half-written files, and files without a row where the index says that something went on."""
+    storage.empty_temporary()
+    paths, prefixes = records.left_by_crash()
+    doomed = [path for path in paths if not keys.exists(path)]
+    for prefix in prefixes:
+        folder = prefix[: prefix.rfind("/")]
+        doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and not keys.exists(p)]
+    for path in doomed:
+        storage.unlink(path)
+    if doomed:
+        log.info("removed up to %d files that the last run left unfinished", len(doomed))
+    records.forget_crash()

@@ -1,0 +1,448 @@
+"""s4 cp: files, streams and folders, in and out; what it refuses; that nothing half-done is left."""
+
+import contextlib
+import os
+import pty
+import random
+import resource
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, tree, write_tree
+from procs import eventually, holds_open, peak_megabytes
+
+CONTENTS = {
+    "empty": b"",
+    "one byte": b"\0",
+    "no final newline": b"a\nb",
+    "percent": b"100% %s %d %(x)s\n",
+    "binary": bytes(range(256)) * 10,
+    "line ends": b"\r\n\n\r\0\n",
+    "block": b"x" * (256 * 1024),
+    "block and a byte": b"x" * (256 * 1024 + 1),
+    "megabytes": random.Random(4).randbytes(5_000_000),
+}
+FILES = {
+    "000": b"zero",
+    "001_x.txt": b"",
+    ".hidden": b"h",
+    "sub/000": b"\0\xff",
+    "sub/deep/er/a.txt": b"%",
+    "sub/deep/$x;y": b"shell",
+}
+
+
+@pytest.mark.parametrize("data", CONTENTS.values(), ids=CONTENTS)
+def test_data_comes_back_as_it_was(cluster: Cluster, bucket: str, folder: Path, data: bytes) -> None:
+    (folder / "in").write_bytes(data)
+    cluster.s4("cp", "in", f"{bucket}/file", cwd=folder)
+    cluster.s4("cp", "-", f"{bucket}/stream", data=data)
+    for key in ("file", "stream"):
+        assert cluster.s4("cp", f"{bucket}/{key}", "-").out == data
+        cluster.s4("cp", f"{bucket}/{key}", key, cwd=folder)
+        assert (folder / key).read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("destination", "key"),
+    [
+        ("{}/k", "k"),
+        ("{}/dir/k", "dir/k"),
+        ("{}/dir/", "dir/file"),
+        ("{}/", "file"),
+    ],
+)
+def test_a_file_goes_to_the_key_or_into_the_folder(
+    cluster: Cluster, bucket: str, folder: Path, destination: str, key: str
+) -> None:
+    write_tree(folder, {"some/file": b"x"})
+    cluster.s4("cp", "some/file", destination.format(bucket), cwd=folder)
+    assert cluster.keys(bucket) == [f"{bucket}/{key}"]
+
+
+@pytest.mark.parametrize(
+    ("destination", "path"),
+    [
+        ("file", "file"),
+        ("./file", "file"),
+        ("old/file", "old/file"),
+        ("old/", "old/000_k"),
+        ("new/", "new/000_k"),
+        ("new/er/", "new/er/000_k"),
+        (".", "000_k"),
+        ("./", "000_k"),
+        ("nowhere/yet", "nowhere/yet"),
+    ],
+)
+def test_a_key_goes_to_the_file_or_into_the_folder(
+    cluster: Cluster, bucket: str, folder: Path, destination: str, path: str
+) -> None:
+    (folder / "old").mkdir()
+    cluster.put(f"{bucket}/dir/000_k", b"x")
+    cluster.s4("cp", f"{bucket}/dir/000_k", destination, cwd=folder)
+    assert tree(folder) == {path: b"x"}
+
+
+def test_a_download_replaces_a_file_and_follows_the_umask(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/000", b"new")
+    (folder / "file").write_bytes(b"old")
+    cluster.s4("cp", f"{bucket}/000", "file", cwd=folder)
+    cluster.s4("cp", f"{bucket}/000", "fresh", cwd=folder)
+    assert tree(folder) == {"file": b"new", "fresh": b"new"}
+    os.umask(umask := os.umask(0))
+    assert (folder / "fresh").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_name_of_255_bytes_can_be_downloaded(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/d/{'n' * 255}", b"x")
+    cluster.s4("cp", f"{bucket}/d/{'n' * 255}", ".", cwd=folder)
+    cluster.s4("cp", "-r", f"{bucket}/d/", "all/", cwd=folder)
+    assert tree(folder) == {"n" * 255: b"x", f"all/{'n' * 255}": b"x"}
+
+
+def test_a_download_into_a_named_pipe_does_not_replace_it(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/000", b"x" * 100)
+    os.mkfifo(folder / "pipe")
+    process = cluster.start_s4("cp", f"{bucket}/000", "pipe", cwd=folder)
+    reader = os.open(folder / "pipe", os.O_RDWR)  # does not wait for a writer
+    assert process.wait(20) == 0
+    assert select.select([reader], [], [], 0)[0] and os.read(reader, 1000) == b"x" * 100
+    os.close(reader)
+    assert (folder / "pipe").is_fifo()
+
+
+def test_a_download_through_a_symbolic_link_writes_its_target(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/000", b"new")
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    cluster.s4("cp", f"{bucket}/000", "link/file", cwd=folder)
+    assert (folder / "real" / "file").read_bytes() == b"new"
+
+
+def test_a_pipe_can_be_uploaded_while_it_is_written(cluster: Cluster, bucket: str) -> None:
+    process = cluster.start_s4("cp", "-", f"{bucket}/000", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    for block in (b"first ", b"second"):
+        process.stdin.write(block)
+        process.stdin.flush()
+    process.stdin.close()
+    assert process.wait(20) == 0
+    assert cluster.get(f"{bucket}/000") == b"first second"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-r", "src", "{}/dst/"],
+        ["src", "-r", "{}/dst/"],
+        ["src", "{}/dst/", "-r"],
+        ["--recursive", "src/", "{}/dst/"],
+        ["src/", "{}/dst/", "--recursive"],
+        ["-r", "./src", "{}/dst"],
+    ],
+    ids=" ".join,
+)
+def test_the_contents_of_a_folder_go_under_the_destination(
+    cluster: Cluster, bucket: str, folder: Path, arguments: list[str]
+) -> None:
+    write_tree(folder / "src", FILES)
+    (folder / "src" / "no files").mkdir()
+    cluster.s4("cp", *(argument.format(bucket) for argument in arguments), cwd=folder)
+    assert cluster.contents(f"{bucket}/dst/") == FILES
+
+
+def test_the_current_folder_goes_to_a_whole_bucket_and_back(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder / "src", FILES)
+    cluster.s4("cp", "-r", ".", bucket, cwd=folder / "src")
+    assert cluster.contents(f"{bucket}/") == FILES
+    for number, prefix in enumerate((bucket, f"{bucket}/")):
+        back = folder / f"back{number}"
+        back.mkdir()
+        cluster.s4("cp", "-r", prefix, ".", cwd=back)
+        assert tree(back) == FILES
+
+
+def test_symbolic_links_are_uploaded_as_what_they_name(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder, {"real": b"x", "src/000": b""})
+    (folder / "src" / "link").symlink_to("../real")
+    cluster.s4("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
+    assert cluster.contents(f"{bucket}/dst/") == {"000": b"", "link": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("destination", "below"),
+    [("out/", "out"), ("out", "out"), ("new/er/", "new/er"), (".", "dst")],
+)
+def test_a_prefix_is_downloaded_without_itself_or_by_its_last_folder(
+    cluster: Cluster, bucket: str, folder: Path, destination: str, below: str
+) -> None:
+    cluster.put_all({f"{bucket}/x/dst/{name}": data for name, data in FILES.items()})
+    cluster.put(f"{bucket}/x/other/000", b"")
+    cluster.s4("cp", "-r", f"{bucket}/x/dst/", destination, cwd=folder)
+    assert tree(folder) == {f"{below}/{name}": data for name, data in FILES.items()}
+
+
+def test_thousands_of_small_files_and_a_large_one_travel(cluster: Cluster, bucket: str, folder: Path) -> None:
+    files = {f"{i % 7}/{i:04}_x": str(i).encode() * (i % 50) for i in range(2000)}
+    files["0/large"] = random.Random(1).randbytes(20_000_000)
+    write_tree(folder / "src", files)
+    cluster.s4("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
+    assert sorted(cluster.keys(bucket)) == sorted(f"{bucket}/dst/{name}" for name in files)
+    cluster.s4("cp", "-r", f"{bucket}/dst/", "back/", cwd=folder)
+    assert tree(folder / "back") == files
+
+
+def test_between_two_keys_there_is_no_copy(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000", b"x")
+    with cluster.nothing_changes():
+        for flags in ([], ["-r"]):
+            cluster.fails(
+                "cp", *flags, f"{bucket}/000", f"{bucket}/001", says="there is no move, there is only cp and rm"
+            )
+
+
+def test_every_file_that_failed_is_named_and_the_others_arrive(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder / "src", FILES | {"taken": b"new", "also/taken": b"new"})
+    cluster.put_all({f"{bucket}/dst/taken": b"old", f"{bucket}/dst/also/taken": b"old"})
+    result = cluster.run("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
+    assert result.code == 1
+    assert "dst/taken" in result.err and "dst/also/taken" in result.err
+    assert cluster.contents(f"{bucket}/dst/") == FILES | {"taken": b"old", "also/taken": b"old"}
+
+
+def test_files_whose_names_are_no_keys_are_each_named(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder / "src", {"000": b"", "white space": b"", "tab\there": b"", "sub/new\nline": b""})
+    result = cluster.run("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
+    assert result.code == 1
+    assert "white space" in result.err and "here" in result.err and "line" in result.err
+    assert "new\nline" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "says"),
+    [
+        ("missing", "{}/k", "missing"),
+        ("src", "{}/k", "src"),
+        ("src/", "{}/k", "src"),
+        ("locked", "{}/k", "locked"),
+        ("missing/file", "{}/k", "missing/file"),
+        ("{}/missing", "out", "missing"),
+        ("{}/missing", "-", "missing"),
+        ("{}/missing", "dir/", "missing"),
+        ("{}/000", "src", "src"),
+        ("{}/000", "file/", "file"),
+        ("{}/000", "file/below", "file"),
+        ("{}/000", "readonly/out", "readonly"),
+        ("{}/000", "readonly/", "readonly"),
+        ("file", "{}/000/003", "000"),
+        ("-", "{}/dir/", "/"),
+        ("file", "elsewhere", "s4://"),
+        ("-", "-", "s4://"),
+    ],
+)
+def test_what_cannot_be_copied_is_one_clear_line(
+    cluster: Cluster, bucket: str, folder: Path, source: str, destination: str, says: str
+) -> None:
+    write_tree(folder, {"src/000": b"x", "file": b"x", "locked": b"x"})
+    (folder / "readonly").mkdir(mode=0o500)
+    (folder / "locked").chmod(0)
+    cluster.put(f"{bucket}/000", b"x")
+    before = tree(folder)
+    with cluster.nothing_changes():
+        arguments = [source.format(bucket), destination.format(bucket)]
+        cluster.fails("cp", *arguments, says=says, cwd=folder, data=b"", privileged=False)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "says"),
+    [
+        ("missing", "{}/dst/", "missing"),
+        ("missing/", "{}/dst/", "missing"),
+        ("closed", "{}/dst/", "closed"),
+        ("{}/missing/", "out/", "missing"),
+        ("{}-missing", "out/", "missing"),
+        ("{}/x/", "file", "file"),
+        ("{}/x/", "readonly/", "readonly"),
+        ("-", "{}/dst/", ""),
+        ("{}/x/", "-", ""),
+    ],
+)
+def test_what_cannot_be_copied_recursively_fails_clearly(
+    cluster: Cluster, bucket: str, folder: Path, source: str, destination: str, says: str
+) -> None:
+    write_tree(folder, {"closed/000": b"x", "file": b"x"})
+    (folder / "readonly").mkdir(mode=0o500)
+    (folder / "closed").chmod(0)
+    cluster.put(f"{bucket}/x/000", b"x")
+    before = tree(folder)
+    with cluster.nothing_changes():
+        arguments = [source.format(bucket), destination.format(bucket)]
+        cluster.fails("cp", "-r", *arguments, says=says, cwd=folder, data=b"", privileged=False)
+    assert tree(folder) == before
+
+
+def test_an_unreadable_file_among_others_is_named(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder / "src", FILES | {"locked": b"x"})
+    (folder / "src" / "locked").chmod(0)
+    cluster.fails("cp", "-r", "src", f"{bucket}/dst/", says="locked", cwd=folder, code=1, privileged=False)
+    assert cluster.contents(f"{bucket}/dst/") == FILES
+
+
+def _file_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+@pytest.mark.parametrize("arguments", [["{}/d/000", "out"], ["{}/d/000", "dir/"], ["-r", "{}/d/", "dir/"]])
+def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
+    cluster: Cluster, bucket: str, folder: Path, arguments: list[str]
+) -> None:
+    cluster.put(f"{bucket}/d/000", bytes(3 << 20))
+    cluster.fails("cp", *(argument.format(bucket) for argument in arguments), cwd=folder, before=_file_limit)
+    assert tree(folder) == {}
+
+
+def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000", b"x" * 100_000)
+    for arguments in (["cp", f"{bucket}/000", "-"], ["ls", "-r", bucket], ["eval", f"{bucket}/000", "cat"], ["servers"]):
+        with open("/dev/full", "wb") as full:
+            process = cluster.start_s4(*arguments, stdout=full)
+            _out, err = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert err.startswith(b"fatal: ") and b"No space left" in err and err.count(b"\n") == 1, err
+
+
+def test_a_file_that_changed_on_the_nodes_disk_is_not_handed_out(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, check=False)
+    (node,) = cluster.nodes
+    cluster.put_all({f"s4://b/d/00{i}": b"right" for i in range(3)})
+    path = node.path_of("s4://b/d/000")
+    path.chmod(0o644)
+    path.write_bytes(b"wrong")
+    assert "checksum" in cluster.fails("cp", "s4://b/d/000", "out", says="s4://b/d/000", code=1)
+    assert "checksum" in cluster.fails("cp", "-r", "s4://b/d/", "all/", says="s4://b/d/000", code=1)
+    assert tree(cluster.work) == {"all/001": b"right", "all/002": b"right"}
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[tuple[int, Callable[[], bytes]]]:
+    """A terminal, and all that was shown on it."""
+    ours, theirs = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> bytes:
+        while select.select([ours], [], [], 0.2)[0]:
+            try:
+                shown.append(os.read(ours, 65536))
+            except OSError:
+                break
+        return b"".join(shown)
+
+    try:
+        yield theirs, read
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_progress_is_shown_on_a_terminal_only(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder / "src", {f"{i:03}": b"x" for i in range(50)})
+    quiet = cluster.s4("cp", "-r", "src", f"{bucket}/quiet/", cwd=folder)
+    assert (quiet.out, quiet.err) == (b"", "")
+    with _terminal() as (terminal, shown):
+        process = cluster.start_s4("cp", "-r", "src", f"{bucket}/loud/", cwd=folder, stderr=terminal)
+        assert process.wait(20) == 0
+        assert b"%" in shown() and b"50" in shown()
+        process = cluster.start_s4("cp", "-r", f"{bucket}/loud/", "back/", cwd=folder, stderr=terminal)
+        assert process.wait(20) == 0
+    assert tree(folder / "back") == tree(folder / "src")
+
+
+def _zeros(megabytes: int, process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        for _ in range(megabytes):
+            pipe.write(bytes(1 << 20))
+
+
+def test_a_large_key_moves_in_constant_memory_on_both_sides(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    (node,) = cluster.nodes
+    megabytes, peaks = 300, {"client": 0.0}
+
+    def watch(process: "subprocess.Popen[bytes]") -> None:
+        while process.poll() is None:
+            peaks["client"] = max(peaks["client"], peak_megabytes(process.pid))
+            for worker in node.workers():
+                peaks[f"worker {worker.pid}"] = peak_megabytes(worker.pid)
+            time.sleep(0.05)
+        assert process.returncode == 0
+
+    process = cluster.start_s4("cp", "-", "s4://b/000", stdin=subprocess.PIPE)
+    feeder = threading.Thread(target=_zeros, args=(megabytes, process))
+    feeder.start()
+    watch(process)
+    feeder.join()
+    watch(cluster.start_s4("cp", "s4://b/000", "copy"))
+    watch(cluster.start_s4("cp", "copy", "s4://b/001"))
+    peaks["node"] = peak_megabytes(node.pid)
+    assert (cluster.work / "copy").stat().st_size == megabytes << 20
+    assert len(peaks) > 2 and max(peaks.values()) < 64, peaks
+
+
+def _interrupt(process: "subprocess.Popen[bytes]") -> None:
+    os.killpg(process.pid, signal.SIGINT)
+    _out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"Traceback" not in err and err.count(b"\n") <= 1, err
+
+
+def test_ctrl_c_during_an_upload_leaves_no_key(cluster: Cluster, bucket: str) -> None:
+    node = cluster.nodes[0]
+    process = cluster.start_s4("cp", "-", f"{bucket}/000", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"x" * 1_000_000)
+    process.stdin.flush()
+    eventually(node.temporary, 10, "bytes on the node")
+    _interrupt(process)
+    eventually(lambda: not node.temporary(), 15, "its bytes are gone")
+    assert cluster.keys(bucket) == []
+
+
+def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(cluster: Cluster, bucket: str, folder: Path) -> None:
+    files = {f"{i:04}": os.urandom(20_000) for i in range(3000)}
+    write_tree(folder, files)
+    process = cluster.start_s4("cp", "-r", ".", f"{bucket}/d/", cwd=folder)
+    eventually(lambda: cluster.keys(bucket), 20, "some keys")
+    _interrupt(process)
+    with cluster.nothing_changes():  # the nodes notice at once
+        arrived = cluster.contents(f"{bucket}/d/")
+    assert 0 < len(arrived) < len(files)
+    assert arrived.items() <= files.items()
+
+
+@pytest.fixture(scope="module")
+def large_keys(cluster: Cluster) -> Iterator[str]:
+    """A folder of three large keys in the shared cluster."""
+    prefix = f"{cluster.fresh_bucket()}/large/"
+    cluster.put_all({f"{prefix}00{i}": bytes(100 << 20) for i in range(3)})
+    yield prefix
+    cluster.s4("rm", "-r", prefix)
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_ctrl_c_during_a_download_leaves_no_part_of_a_file(
+    cluster: Cluster, folder: Path, large_keys: str, recursive: bool
+) -> None:
+    arguments = ["-r", large_keys, "out/"] if recursive else [f"{large_keys}000", "file"]
+    process = cluster.start_s4("cp", *arguments, cwd=folder)
+    eventually(lambda: holds_open(process.pid, folder), 10, "a file is being written")
+    _interrupt(process)
+    left = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert all(recursive and name in ("000", "001", "002") and size == 100 << 20 for name, size in left.items())
