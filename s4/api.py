@@ -365,31 +365,32 @@ class Eval:
             resp.set_header(EXITCODE_HEADER, str(done.exitcode))
             resp.set_header(STDERR_SIZE_HEADER, str(done.stderr_size))
             resp.content_length = done.stdout_size + done.stderr_size
-            resp.stream = _blocks(done.stdout, done.stderr)
+            resp.stream = _blocks((done.stdout, done.stdout_size), (done.stderr, done.stderr_size))
         elif done.exitcode == 0:
             os.close(done.stderr)
             resp.content_type = "application/octet-stream"
             resp.content_length = done.stdout_size
-            resp.stream = _blocks(done.stdout)
+            resp.stream = _blocks((done.stdout, done.stdout_size))
         else:
             resp.content_type = falcon.MEDIA_JSON
             resp.data = _failed_evaluation(done)
 
 
 def _failed_evaluation(done: Evaluation) -> bytes:
-    stdout = b"".join(_blocks(done.stdout)).decode("utf-8", "replace")
-    stderr = b"".join(_blocks(done.stderr)).decode("utf-8", "replace")
+    stdout = b"".join(_blocks((done.stdout, done.stdout_size))).decode("utf-8", "replace")
+    stderr = b"".join(_blocks((done.stderr, done.stderr_size))).decode("utf-8", "replace")
     return orjson.dumps({"exitcode": done.exitcode, "stdout": stdout, "stderr": stderr})
 
 
-def _blocks(*fds: int) -> Iterator[bytes]:
-    """The bytes of open files, which are closed at the end."""
+def _blocks(*files: tuple[int, int]) -> Iterator[bytes]:
+    """The bytes of open files, given as (descriptor, size), which are closed at the end."""
     try:
-        for fd in fds:
-            while block := os.read(fd, BLOCK):
+        for fd, size in files:
+            while size > 0 and (block := os.read(fd, min(size, BLOCK))):
+                size -= len(block)
                 yield block
     finally:
-        for fd in fds:
+        for fd, _size in files:
             os.close(fd)
 
 

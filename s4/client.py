@@ -3,6 +3,7 @@
 `Client` is the Python face of s4, and the command line is generated from it.
 """
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -189,12 +190,7 @@ class Client:
 
     def _job(self, path: str, indir: str, outdir: str, cmd: str) -> int:
         check_job_folders(_with_scheme(indir), _with_scheme(outdir))
-        import json
-
-        import orjson
-
         job_id = new_job_id()
-        # Not orjson: a command may hold bytes that are no UTF-8, as lone surrogates.
         request = {"cmd": cmd, "indir": indir, "outdir": outdir, "job": job_id, "timeout": self._timeout}
         body = json.dumps(request).encode()
 
@@ -202,7 +198,7 @@ class Client:
             with self.caller(server) as caller:
                 answer = caller.call("POST", path, None, body, silence=FOREVER)
                 try:
-                    return int(orjson.loads(answer)["tasks"])
+                    return int(json.loads(answer)["tasks"])
                 except (ValueError, TypeError, KeyError):
                     raise NodeError(server, "its answer makes no sense") from None
 

@@ -6,12 +6,11 @@ is asked to compare at the end for a single key. Keys for one node travel as a b
 prepare, one stream, one to confirm, one transaction.
 """
 
+import json
 import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import orjson
 
 from s4.errors import BadRequestError, ConflictError, MissingError, NodeError, S4Error, TransferError
 from s4.http import Caller
@@ -80,7 +79,7 @@ def put_batch(
 
     Returns per key None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
-    body = orjson.dumps([[url(path), size] for path, size in keys])
+    body = json.dumps([[url(path), size] for path, size in keys]).encode()
     answer = _object(caller, caller.call("POST", "/prepare_puts", body=body))
     refused = _refusals(caller, answer, len(keys))
     wanted = [i for i, error in enumerate(refused) if error is None]
@@ -102,7 +101,7 @@ def put_batch(
         broken = e
         checksums = [""] * len(wanted)
     try:
-        confirmed = caller.call("POST", "/confirm_puts", {"uuid": uuid}, orjson.dumps(checksums))
+        confirmed = caller.call("POST", "/confirm_puts", {"uuid": uuid}, json.dumps(checksums).encode())
     except MissingError:
         raise broken or TransferError(f"{caller.server} gave up a transfer") from None
     for i, error in zip(wanted, _refusals(caller, _object(caller, confirmed), len(wanted)), strict=True):
@@ -117,7 +116,7 @@ def get_batch(
 
     Returns per key None or why the node has it not. Raises S4Error when the batch as a whole failed.
     """
-    body = orjson.dumps([url(path) for path in paths])
+    body = json.dumps([url(path) for path in paths]).encode()
     answer = _object(caller, caller.call("POST", "/prepare_gets", body=body))
     refused = _refusals(caller, answer, len(paths))
     wanted = [i for i, error in enumerate(refused) if error is None]
@@ -146,7 +145,7 @@ def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
 
 def _object(caller: Caller, answer: bytes) -> dict[str, Any]:
     try:
-        found = orjson.loads(answer)
+        found = json.loads(answer)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -1,11 +1,10 @@
 """Listings as the client reads them: the nodes' sorted streams, merged as they come, in bounded memory."""
 
+import json
 from collections.abc import Iterator
 from http.client import HTTPResponse
 from operator import attrgetter
 from typing import NamedTuple
-
-import orjson
 
 from s4.errors import NodeError
 from s4.http import Caller
@@ -47,7 +46,7 @@ def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
 def _parse(caller: Caller, lines: bytes) -> list[Entry]:
     # A row a line: whole lines are a JSON list but for the brackets and a comma at the end.
     try:
-        found = orjson.loads(b"[" + lines.strip(b",\n") + b"]")
+        found = json.loads(b"[" + lines.strip(b",\n") + b"]")
         return [Entry(date, time, size, path) for date, time, size, path in found]
     except (ValueError, TypeError):
         raise _nonsense(caller) from None

@@ -87,7 +87,7 @@ def main() -> None:
                 reindex(conf, own_position(conf, arguments.port), arguments.data)
             case _:
                 _serve(arguments)
-    except S4Error as e:
+    except (S4Error, OSError) as e:
         print(f"fatal: {e}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:
@@ -107,18 +107,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.set_defaults(action=name)
-        _add(action, settings)
+        _add(action, settings, suppress=name == "reindex")
     return parser.parse_args(argv)
 
 
-def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting]) -> None:
+def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting], *, suppress: bool = False) -> None:
+    """Add options; `suppress` leaves the defaults to those that stood before the action."""
     for setting in settings:
         shown = f" (default {setting.default})" if setting.default is not None else ""
         parser.add_argument(
             f"-{setting.name}",
             f"--{setting.name}",
             type=setting.type,
-            default=setting.default,
+            default=argparse.SUPPRESS if suppress else setting.default,
             metavar=setting.name.upper().rpartition("-")[2],
             help=setting.reason + shown,
         )

@@ -40,9 +40,10 @@ class Commands:
                 outputs = [_measured(stdout)]
                 errors = _measured(stderr)
             elif exitcode == 0 and task.collect == "stdout":
-                outputs = [_finished(stdout)]
+                outputs = [self._finished(stdout)]
             elif exitcode == 0:
-                outputs, problem = _named_files(stdout, task.folder, task.work)
+                files, problem = _named_files(stdout, task.folder, task.work)
+                outputs = [self._finished(path, name) for name, path in files]
             return Ran(exitcode, outputs, errors, tail, problem)
         finally:
             remove_tree(task.folder)
@@ -55,9 +56,14 @@ class Commands:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
+    def _finished(self, path: str, name: str = "") -> StoredFile:
+        os.chmod(path, 0o444)
+        self._shell.seal(path)
+        return _measured(path, name)
 
-def _named_files(listing: str, folder: str, work: str) -> tuple[list[StoredFile], str]:
-    """The files that a command printed, moved out of its folder; or what is wrong with them."""
+
+def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, str]], str]:
+    """(name, path) of the files that a command printed, moved out of its folder; or what is wrong."""
     with open(listing, "rb") as f:
         printed = [line for line in f.read().split(b"\n") if line.strip()]
     top = os.path.realpath(folder)
@@ -86,13 +92,8 @@ def _named_files(listing: str, folder: str, work: str) -> tuple[list[StoredFile]
             os.rename(path, target)
         except FileNotFoundError:  # a second name of the same file, by a symbolic link
             return [], f"it printed {name!r}, which is another name of a file that it printed before"
-        outputs.append(_finished(target, name))
+        outputs.append((name, target))
     return outputs, ""
-
-
-def _finished(path: str, name: str = "") -> StoredFile:
-    os.chmod(path, 0o444)
-    return _measured(path, name)
 
 
 def _measured(path: str, name: str = "") -> StoredFile:

@@ -5,6 +5,7 @@ a file of NUL-separated fields, never as part of a shell line. `set -m` puts eac
 group of its own, of which nothing is left when its status is reported.
 """
 
+import fcntl
 import os
 import signal
 import time
@@ -72,8 +73,21 @@ class Shell:
             self.sweep()
         return exitcode
 
+    def seal(self, path: str) -> None:
+        """Make sure that nobody writes to an output any more; it is about to become immutable.
+
+        The kernel grants a read lease only on a file that nobody has open for writing (fcntl(2)).
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError:  # somebody has; or the file system knows no leases
+            self.sweep()
+        finally:
+            os.close(fd)  # which ends the lease
+
     def sweep(self) -> None:
-        """End processes that commands left behind outside their group."""
+        """End processes that commands left behind outside their group; costs a millisecond or two."""
         if self._unswept:
             kept = self._process.pid if self._process is not None else -1
             processes.kill_children(lambda pid, _session: pid != kept)
