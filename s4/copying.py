@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from s4.errors import BadRequestError, LocalFileError, MissingError, S4Error, TransferError
 from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS, get_batch, get_one, put_batch, put_one
 from s4.keys import SCHEME, name_of, parse_key, parse_prefix, url
-from s4.streams import Incoming, preallocate, send_hashed
+from s4.streams import Incoming, send_hashed, widen_pipe
 
 if TYPE_CHECKING:
     import socket
@@ -76,6 +76,8 @@ def _put(client: "Client", src: str, dst: str) -> None:
                 raise LocalFileError(f"{src} is a folder: use cp -r")
             # Files of /proc claim to be empty; pipes and a stdin that was read from have no size either.
             size = status.st_size if src != "-" and stat.S_ISREG(status.st_mode) else 0
+            if not size:
+                widen_pipe(source)
             with client.caller(client.server_of(path)) as caller:
                 put_one(caller, path, source, size or None, src)
         finally:
@@ -375,8 +377,7 @@ def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
         before = incoming.taken
         try:
             with _arriving(item.file) as target:
-                preallocate(target, size)
-                arrived, found = incoming.copy(target, size)
+                arrived, found = incoming.copy(target, size, reserve=stat.S_ISREG(os.fstat(target).st_mode))
                 if arrived != size:
                     raise TransferError(f"{url(item.path)}: only {arrived} of {size} bytes came")
                 if found != checksum:

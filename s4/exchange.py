@@ -9,6 +9,7 @@ prepare, one stream, one to confirm, one transaction.
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def get_one(caller: Caller, path: str, target: int) -> None:
     """Write a key to the descriptor `target`. Raises S4Error: what was written then is worth nothing."""
     uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_get", {"key": url(path)}))
     with caller.transfer(port) as sock:
-        _size, checksum = Incoming(sock).copy(target, None)
+        reserve = stat.S_ISREG(os.fstat(target).st_mode)
+        _size, checksum = Incoming(sock).copy(target, None, reserve=reserve)
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
 

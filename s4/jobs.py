@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,6 +36,9 @@ from s4.workers.tasks import Command, Push, Pushed, Ran, StoredFile
 MAX_UNSENT_BYTES = 512 * 1024 * 1024  # outputs waiting to leave; beyond it no further command starts
 MAX_UNSENT_FILES = 20_000
 PUSHES_PER_SERVER = 2
+GATHER_FILES = 100  # outputs for a server wait until there are so many,
+GATHER_BYTES = 8 * 1024 * 1024  # or they are so large,
+GATHER_SECONDS = 0.2  # or for so long, or until no command runs
 PROGRESS_SECONDS = 1.0
 TAIL_CHARACTERS = 2000
 
@@ -52,6 +55,44 @@ class _Task:
     input: str  # path of the key, or of the first of a group
     target: str  # path of the output key; for map-to-n of the folder, with '/'
     group: list[str] = field(default_factory=list)  # map-from-n: paths of the group's keys
+
+
+class _Outbox:
+    """Outputs for another server, which leave in batches."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[str, StoredFile]] = deque()
+        self._bytes = 0
+        self._since = 0.0  # monotonic
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, path: str, file: StoredFile) -> None:
+        """Put an output in; `path` is the key that it becomes."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append((path, file))
+        self._bytes += file.size
+
+    def due(self) -> bool:
+        """Whether enough has gathered, or for long enough."""
+        return (
+            len(self._waiting) >= GATHER_FILES
+            or self._bytes >= GATHER_BYTES
+            or time.monotonic() > self._since + GATHER_SECONDS
+        )
+
+    def take(self) -> list[tuple[str, StoredFile]]:
+        """The next batch."""
+        batch: list[tuple[str, StoredFile]] = []
+        size = 0
+        while self._waiting and len(batch) < MAX_BATCH_KEYS and size < MAX_BATCH_BYTES:
+            batch.append(self._waiting.popleft())
+            size += batch[-1][1].size
+        self._bytes -= size
+        self._since = time.monotonic()
+        return batch
 
 
 class Jobs:
@@ -135,7 +176,7 @@ class _Job:
         self._events: queue.SimpleQueue[Ticket | S4Error] = queue.SimpleQueue()
         self._commands: dict[Ticket, _Task] = {}
         self._pushes: dict[Ticket, str] = {}
-        self._unsent: defaultdict[str, list[tuple[str, StoredFile]]] = defaultdict(list)
+        self._outboxes: defaultdict[str, _Outbox] = defaultdict(_Outbox)
         self._unsent_files = self._unsent_bytes = 0  # waiting or on their way
         self._error: S4Error | None = None
 
@@ -194,10 +235,10 @@ class _Job:
             while following is not None and len(self._commands) < 2 * self._jobs.slots and not self._full():
                 self._start(following)
                 following = next(waiting, None)
-            if not self._commands and not self._pushes:
+            if not self._commands and not self._pushes and not self._anything_waits():
                 return
             self._handle(self._next_events())
-            self._send()
+            self._send(nothing_more=following is None and not self._commands)
             if time.monotonic() > reported + PROGRESS_SECONDS:
                 reported = time.monotonic()
                 self._jobs.records.job_progress(self.row.id, self.total, self.done)
@@ -206,9 +247,13 @@ class _Job:
         return self._unsent_files >= MAX_UNSENT_FILES or self._unsent_bytes >= MAX_UNSENT_BYTES
 
     def _next_events(self) -> list[Ticket]:
-        """Wait for one event, and take all that are there with it."""
-        found = []
-        event: Ticket | S4Error | None = self._events.get()
+        """Wait for one event, and take all that are there with it; for a moment only if outputs wait."""
+        found: list[Ticket] = []
+        event: Ticket | S4Error | None
+        try:
+            event = self._events.get(timeout=GATHER_SECONDS if self._anything_waits() else None)
+        except queue.Empty:
+            return found
         while event is not None:
             if isinstance(event, S4Error):
                 raise event
@@ -279,7 +324,7 @@ class _Job:
                 if position == self._jobs.position:
                     here.append((path, output))
                 else:
-                    self._unsent[str(self._jobs.conf.servers[position])].append((path, output))
+                    self._outboxes[str(self._jobs.conf.servers[position])].add(path, output)
                     self._unsent_files += 1
                     self._unsent_bytes += output.size
         for error in self._jobs.publish(here):
@@ -304,21 +349,19 @@ class _Job:
             raise CommandError(f"{where}: {ran.problem}{one_line(ran.tail)}")
         return ran
 
-    def _send(self) -> None:
-        """Let outputs leave, as many as have gathered, at most two conversations with a server at once."""
-        for server, waiting in self._unsent.items():
+    def _send(self, *, nothing_more: bool) -> None:
+        """Let outputs leave in batches, at most two conversations with a server at once."""
+        for server, outbox in self._outboxes.items():
             under_way = sum(1 for to in self._pushes.values() if to == server)
-            while waiting and under_way < PUSHES_PER_SERVER:
-                batch: list[tuple[str, StoredFile]] = []
-                size = 0
-                while waiting and len(batch) < MAX_BATCH_KEYS and size < MAX_BATCH_BYTES:
-                    batch.append(waiting.pop(0))
-                    size += batch[-1][1].size
-                push = Push(server, self._jobs.conf.fingerprint, batch, self._timeout)
+            while outbox and under_way < PUSHES_PER_SERVER and (nothing_more or self._full() or outbox.due()):
+                push = Push(server, self._jobs.conf.fingerprint, outbox.take(), self._timeout)
                 ticket = Ticket(Kind.SEND, push, on_done=self._events.put)
                 self._pushes[ticket] = server
                 self._jobs.pool.submit(ticket)
                 under_way += 1
+
+    def _anything_waits(self) -> bool:
+        return any(self._outboxes.values())
 
     def _pushed(self, ticket: Ticket) -> None:
         assert isinstance(ticket.task, Push)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from s4.config import Server, local_address, own_position, read_conf, timeout_setting
-from s4.errors import FAILED, S4Error
+from s4.errors import FAILED, S4Error, StoppingError
 
 if TYPE_CHECKING:
     from s4.node import Node
@@ -212,6 +212,8 @@ def _keep_house(node: "Node") -> None:
             if time.monotonic() > prune_at:
                 prune_at = time.monotonic() + 3600
                 node.records.prune_jobs()
+        except StoppingError:
+            return
         except Exception:
             log.exception("housekeeping failed; it goes on")
 

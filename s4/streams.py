@@ -6,7 +6,9 @@ the sizes beforehand. A single key of unknown size ends where the sender closes 
 Checksum: xxh64 (https://xxhash.com), seed 0, lower-case hex without leading zeros.
 """
 
+import contextlib
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -18,6 +20,7 @@ from s4.errors import TransferError
 BLOCK = 256 * 1024  # measured: larger blocks are no faster and sometimes collapse
 IDLE_SECONDS = 5.0  # a connection on which nothing moves for so long is dropped
 EMPTY_CHECKSUM = format(xxhash.xxh64_intdigest(b""), "x")
+_EXTENT = 64 * 1024 * 1024  # disk space reserved at once for a file of unknown size
 _SENDFILE_AT_ONCE = 4 * 1024 * 1024
 
 
@@ -51,14 +54,18 @@ class Incoming:
         self._start = self._end = 0
         self.taken = 0  # bytes handed out so far
 
-    def copy(self, target: int, size: int | None) -> tuple[int, str]:
+    def copy(self, target: int, size: int | None, *, reserve: bool = False) -> tuple[int, str]:
         """Write the next `size` bytes, or with None all until the end, to the descriptor `target`.
+
+        `reserve`: the target is a new file, whose disk space is reserved ahead of the bytes.
 
         Returns (bytes, checksum); fewer bytes than asked for mean that the sender closed early. Raises
         TransferError when nothing moves for IDLE_SECONDS or the connection breaks, OSError of the target.
         """
         digest = xxhash.xxh64()
-        total = 0
+        total = reserved = 0
+        if reserve and size is not None:
+            preallocate(target, 0, size)
         while size is None or total < size:
             if self._start == self._end:
                 try:
@@ -72,8 +79,13 @@ class Incoming:
             self._start = stop
             self.taken += len(chunk)
             total += len(chunk)
+            if reserve and size is None and total > max(reserved, BLOCK):
+                preallocate(target, reserved, _EXTENT)
+                reserved += _EXTENT
             digest.update(chunk)
             write_all(target, chunk)
+        if reserved > total:
+            os.ftruncate(target, total)
         return total, format(digest.intdigest(), "x")
 
     def skip(self, size: int) -> None:
@@ -88,11 +100,11 @@ def write_all(target: int, data: memoryview) -> None:
         data = data[os.write(target, data) :]
 
 
-def preallocate(target: int, size: int) -> None:
+def preallocate(target: int, offset: int, size: int) -> None:
     """Reserve disk space, which makes writing faster and a full disk known at once (OSError)."""
     if size > BLOCK:
         try:
-            os.posix_fallocate(target, 0, size)
+            os.posix_fallocate(target, offset, size)
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system or target without it
                 raise
@@ -135,6 +147,12 @@ def send_hashed(sock: socket.socket, source: int, size: int | None) -> tuple[int
             raise _broken(e) from e
         total += count
     return total, format(digest.intdigest(), "x")
+
+
+def widen_pipe(source: int) -> None:
+    """Let a pipe hold a whole block, if it is one: fewer and larger reads."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, 4 * BLOCK)
 
 
 def checksum_of(source: int) -> tuple[int, str]:

@@ -25,41 +25,56 @@ class Commands:
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files beside its folder."""
         stdin, stdout, stderr = task.stdin, task.work + ".out", task.work + ".err"
+        made = [stderr]
         os.mkdir(task.folder, 0o700)
         try:
             if stdin is None:
                 stdin = task.work + ".in"
+                made.append(stdin)
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
             exitcode = self._shell.run(task.command, task.folder, stdin, stdout, stderr, task.environment)
-            tail = _tail(stderr)
             outputs: list[StoredFile] = []
             problem = ""
             errors: StoredFile | None = None
+            tail = b""
             if task.collect == "eval":
-                outputs = [_measured(stdout)]
-                errors = _measured(stderr)
+                made.remove(stderr)
+                outputs, errors = [self._finished(stdout)], self._finished(stderr)
             elif exitcode == 0 and task.collect == "stdout":
                 outputs = [self._finished(stdout)]
             elif exitcode == 0:
+                made.append(stdout)
                 files, problem = _named_files(stdout, task.folder, task.work)
                 outputs = [self._finished(path, name) for name, path in files]
+            else:
+                made.append(stdout)
+            if exitcode != 0 or problem:
+                tail = _tail(stderr)
             return Ran(exitcode, outputs, errors, tail, problem)
         finally:
-            remove_tree(task.folder)
-            leftovers = [task.work + ".in"]
-            if task.collect != "eval":
-                leftovers.append(stderr)
-                if task.collect != "stdout":
-                    leftovers.append(stdout)
-            for path in leftovers:
+            try:
+                os.rmdir(task.folder)
+            except OSError:  # the command left something in it
+                remove_tree(task.folder)
+            for path in made:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
     def _finished(self, path: str, name: str = "") -> StoredFile:
-        os.chmod(path, 0o444)
-        self._shell.seal(path)
-        return _measured(path, name)
+        """Make an output immutable: no writer, mode 0444, and its checksum known."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except PermissionError:
+            os.chmod(path, 0o444, follow_symlinks=False)
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._shell.seal(fd)
+            os.fchmod(fd, 0o444)
+            size, checksum = checksum_of(fd)
+        finally:
+            os.close(fd)
+        return StoredFile(path, size, checksum, name)
 
 
 def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, str]], str]:
@@ -94,15 +109,6 @@ def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, 
             return [], f"it printed {name!r}, which is another name of a file that it printed before"
         outputs.append((name, target))
     return outputs, ""
-
-
-def _measured(path: str, name: str = "") -> StoredFile:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size, checksum = checksum_of(fd)
-    finally:
-        os.close(fd)
-    return StoredFile(path, size, checksum, name)
 
 
 def _tail(path: str) -> bytes:

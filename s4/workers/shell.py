@@ -73,18 +73,16 @@ class Shell:
             self.sweep()
         return exitcode
 
-    def seal(self, path: str) -> None:
+    def seal(self, fd: int) -> None:
         """Make sure that nobody writes to an output any more; it is about to become immutable.
 
-        The kernel grants a read lease only on a file that nobody has open for writing (fcntl(2)).
+        The kernel grants a read lease only on a file that nobody has open for writing (fcntl(2)). The lease
+        ends when `fd` is closed.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError:  # somebody has; or the file system knows no leases
             self.sweep()
-        finally:
-            os.close(fd)  # which ends the lease
 
     def sweep(self) -> None:
         """End processes that commands left behind outside their group; costs a millisecond or two."""

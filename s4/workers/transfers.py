@@ -11,7 +11,6 @@ from s4.streams import (
     Incoming,
     checksum_of,
     connect,
-    preallocate,
     send_stored,
     set_idle_limit,
 )
@@ -29,9 +28,7 @@ def receive(task: Receive, fds: list[int]) -> Received:
                 fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 made.append(file)
                 try:
-                    if size is not None:
-                        preallocate(fd, size)
-                    arrived, checksum = incoming.copy(fd, size)
+                    arrived, checksum = incoming.copy(fd, size, reserve=True)
                     if size is not None and arrived != size:
                         raise TransferError(f"the sender closed after {arrived} of {size} bytes")
                     os.fchmod(fd, 0o444)

@@ -7,6 +7,7 @@ commands and itself.
 import contextlib
 import logging
 import os
+import select
 import socket
 import threading
 from multiprocessing.connection import Connection
@@ -18,7 +19,7 @@ from s4.workers import processes, transfers
 from s4.workers.commands import Commands
 from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task, shell_file
 
-_QUIET_SECONDS = 0.2  # without a task for so long, the worker tidies up
+_QUIET_MILLISECONDS = 200  # without a task for so long, the worker tidies up
 
 log = logging.getLogger("s4.worker")
 
@@ -32,8 +33,10 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
     commands = Commands(shell_file(scratch, os.getpid()))
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
+    waiting = select.poll()  # Connection.poll would build a selector each time
+    waiting.register(connection.fileno(), select.POLLIN)
     while True:
-        if not connection.poll(_QUIET_SECONDS):
+        if not waiting.poll(_QUIET_MILLISECONDS):
             commands.tidy()
         try:
             task, count = connection.recv()
