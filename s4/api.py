@@ -49,6 +49,7 @@ STATUSES: dict[type[S4Error], int] = {
     S4Error: 500,
 }
 RETRY_AFTER_SECONDS = 1
+MAX_JSON_OUTPUT = 1024 * 1024  # bytes of the end of stdout, and of stderr, in the JSON of a failed eval
 
 log = logging.getLogger("s4.http")
 
@@ -339,7 +340,8 @@ def _answer_prepared(resp: falcon.Response, prepared: Prepared) -> None:
 
 
 class Eval:
-    """POST /eval?key=, body = command: 200 and its stdout; 400 with JSON {"exitcode", "stdout", "stderr"}.
+    """POST /eval?key=, body = command: 200 and its stdout; 400 with JSON {"exitcode", "stdout", "stderr"}
+    (of long outputs the last MiB).
 
     With `raw=true` the body is always stdout followed by stderr, byte for byte, and headers tell the exit
     code and the length of stderr. `timeout` is the time limit in seconds.
@@ -377,9 +379,11 @@ class Eval:
 
 
 def _failed_evaluation(done: Evaluation) -> bytes:
-    stdout = b"".join(_blocks((done.stdout, done.stdout_size))).decode("utf-8", "replace")
-    stderr = b"".join(_blocks((done.stderr, done.stderr_size))).decode("utf-8", "replace")
-    return orjson.dumps({"exitcode": done.exitcode, "stdout": stdout, "stderr": stderr})
+    texts = []
+    for fd, size in ((done.stdout, done.stdout_size), (done.stderr, done.stderr_size)):
+        os.lseek(fd, max(0, size - MAX_JSON_OUTPUT), os.SEEK_SET)
+        texts.append(b"".join(_blocks((fd, min(size, MAX_JSON_OUTPUT)))).decode("utf-8", "replace"))
+    return orjson.dumps({"exitcode": done.exitcode, "stdout": texts[0], "stderr": texts[1]})
 
 
 def _blocks(*files: tuple[int, int]) -> Iterator[bytes]:
@@ -423,7 +427,7 @@ class Job:
 
 
 class Cancel:
-    """POST /cancel?job=: ends this node's share of a job and all that it runs; 404 for an unknown job."""
+    """POST /cancel?job=: ends this node's share of a job and all that it runs, or keeps it from beginning."""
 
     def __init__(self, node: Node) -> None:
         self._node = node

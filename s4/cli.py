@@ -130,7 +130,7 @@ def _read_words(words: Sequence[str]) -> tuple[str, list[str], bool, str | None,
                 raise MisuseError(f"unknown command {word!r}; the commands are {', '.join(_COMMANDS)}")
         elif word == "--":
             plain = True
-        elif word in ("-r", "--recursive"):
+        elif word in ("-r", "--recursive", "--recursive=true", "--recursive=True"):
             recursive = True
         elif word in ("-h", "--help"):
             wants_help = True
@@ -148,7 +148,11 @@ def _read_words(words: Sequence[str]) -> tuple[str, list[str], bool, str | None,
 def _is_command_line(name: str, positionals: list[str], word: str) -> bool:
     """Whether a word with a dash stands where eval and the jobs take CMD, which may be any text."""
     place = {"eval": 1, "map": 2, "map-to-n": 2, "map-from-n": 2}.get(name)
-    return len(positionals) == place and word not in ("--", "-h", "--help", "-c", "--conf")
+    return (
+        len(positionals) == place
+        and word not in ("--", "-h", "--help", "-c", "--conf")
+        and not word.startswith("--conf=")
+    )
 
 
 def _parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:

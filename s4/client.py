@@ -194,15 +194,23 @@ class Client:
         request = {"cmd": cmd, "indir": indir, "outdir": outdir, "job": job_id, "timeout": self._timeout}
         body = json.dumps(request).encode()
 
+        callers: list[Caller] = []
+
         def run(server: str) -> int:
             with self.caller(server) as caller:
+                callers.append(caller)
                 answer = caller.call("POST", path, None, body, silence=FOREVER)
                 try:
                     return int(json.loads(answer)["tasks"])
                 except (ValueError, TypeError, KeyError):
                     raise NodeError(server, "its answer makes no sense") from None
 
-        tasks = at_once(run, self.servers(), on_failure=lambda: self._cancel(job_id))
+        def give_up() -> None:
+            self._cancel(job_id)
+            for caller in callers:
+                caller.abort()
+
+        tasks = at_once(run, self.servers(), on_failure=give_up)
         if sum(tasks) == 0:
             raise MissingError(f"nothing to map: no keys in {indir}")
         return sum(tasks)

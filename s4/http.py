@@ -6,6 +6,7 @@ Every request carries the fingerprint of the caller's conf, so that a node of an
 import contextlib
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected
@@ -16,6 +17,7 @@ from s4.config import parse_server
 from s4.errors import (
     BadRequestError,
     BusyError,
+    CancelledError,
     ConflictError,
     MissingError,
     NodeError,
@@ -54,6 +56,7 @@ class Caller:
         self._timeout = timeout
         self._connection: HTTPConnection | None = None
         self._transfer: socket.socket | None = None
+        self._aborted = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -72,14 +75,19 @@ class Caller:
         """A connection for bytes to a port that the server named. Raises TransferError."""
         with connect(self.host, port) as sock:
             self._transfer = sock
+            self._check_aborted()
             try:
                 yield sock
             finally:
                 self._transfer = None
 
+    def _check_aborted(self) -> None:
+        if self._aborted.is_set():
+            raise CancelledError(f"the request to {self.server} was given up")
+
     def abort(self) -> None:
         """Make what another thread does on these connections fail at once."""
-        self._timeout = 0
+        self._aborted.set()
         connection = self._connection
         for sock in (self._transfer, connection.sock if connection is not None else None):
             if sock is not None:
@@ -127,21 +135,24 @@ class Caller:
             if response.status != 429 or time.monotonic() + pause > give_up:
                 message = text or f"{self.server} answered {response.status} without a reason"
                 raise _ERRORS.get(response.status, S4Error)(" ".join(message.split()))
-            time.sleep(pause * random.uniform(0.5, 1))
+            self._aborted.wait(pause * random.uniform(0.5, 1))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _ask(self, method: str, target: str, body: bytes | None, silence: float) -> HTTPResponse:
         headers = {FINGERPRINT_HEADER: self._fingerprint}
+        self._check_aborted()
         with self.reading():
             if self._connection is not None:
                 try:
                     return self._exchange(self._connection, method, target, body, headers, silence)
                 except (RemoteDisconnected, ConnectionError):
                     self.close()  # the node may close an idle connection at any time: once more on a new one
+                    self._check_aborted()
             connection = HTTPConnection(self.host, self.port, timeout=min(CONNECT_SECONDS, silence))
             connection.connect()
             _notice_dead_hosts(connection.sock)
             self._connection = connection
+            self._check_aborted()
             return self._exchange(connection, method, target, body, headers, silence)
 
     def _exchange(

@@ -20,7 +20,6 @@ from s4.errors import (
     CancelledError,
     CommandError,
     ConflictError,
-    MissingError,
     S4Error,
     StoppingError,
     TimeLimitError,
@@ -40,6 +39,7 @@ GATHER_FILES = 100  # outputs for a server wait until there are so many,
 GATHER_BYTES = 8 * 1024 * 1024  # or they are so large,
 GATHER_SECONDS = 0.2  # or for so long, or until no command runs
 PROGRESS_SECONDS = 1.0
+CANCELLED_SECONDS = 3600.0  # how long a cancelled job that never began here is remembered
 TAIL_CHARACTERS = 2000
 
 MAP, MAP_TO_N, MAP_FROM_N = "map", "map-to-n", "map-from-n"
@@ -118,6 +118,7 @@ class Jobs:
         self.publish = publish
         self.slots = slots
         self._jobs: dict[str, _Job] = {}
+        self._cancelled: dict[str, float] = {}  # before they began; when, monotonic
         self._lock = threading.Lock()
 
     def start(self, row: JobRow, timeout: float) -> "_Job":
@@ -129,6 +130,8 @@ class Jobs:
         with self._lock:
             job = self._jobs.get(row.id)
             if job is None:
+                if row.id in self._cancelled:
+                    raise CancelledError(f"job {row.id} was cancelled")
                 if not self.records.job_began(row):
                     raise ConflictError(f"job {row.id} ran already")
                 job = self._jobs[row.id] = _Job(self, row, folders, timeout)
@@ -136,10 +139,12 @@ class Jobs:
             return job
 
     def cancel(self, job_id: str) -> None:
-        """End a job and everything it runs, and wait for that. Raises MissingError for an unknown one."""
-        job = self._jobs.get(job_id)
-        if job is None:
-            raise MissingError(f"no such job: {job_id}")
+        """End a job and everything it runs, and wait for that. One that has not begun here never will."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None:
+                self._cancelled[job_id] = time.monotonic()
+                return
         job.cancel(CancelledError(f"job {job_id} was cancelled"))
         job.thread.join()
 
@@ -154,6 +159,7 @@ class Jobs:
         """Drop jobs from memory that ended so long ago; their rows stay."""
         now = time.monotonic()
         with self._lock:
+            self._cancelled = {i: s for i, s in self._cancelled.items() if now < s + CANCELLED_SECONDS}
             for job in list(self._jobs.values()):
                 if job.ended_s is not None and now > job.ended_s + seconds:
                     del self._jobs[job.row.id]

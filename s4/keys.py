@@ -164,7 +164,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 def _segment_matcher(pattern: str) -> Callable[[str], bool]:
     from fnmatch import translate  # only jobs with a glob need it
 
-    compiled = re.compile(translate(pattern))
+    compiled = re.compile(translate(pattern.replace("[^", "[!")))  # bash knows both spellings
     return lambda segment: compiled.match(segment) is not None
 
 

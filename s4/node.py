@@ -103,7 +103,8 @@ class Node:
             path = parse_prefix(prefix)
             if not path:
                 raise BadRequestError("name at least a bucket: rm -r s4://BUCKET/")
-            self.keys.remove_prefix(path, self.storage.unlink)
+            with self.gate.waiting():
+                self.keys.remove_prefix(path, self.storage.unlink)
         else:
             self.keys.remove(self.own_key(prefix), self.storage.unlink)
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     assert address is not None  # otherwise it would not be our line
     limits = Limits(arguments.max_io_jobs, arguments.max_cpu_jobs, timeout)
     node = Node(conf, position, address, arguments.data, limits)
+    tempfile.tempdir = node.storage.temporary_file("")  # where waitress spools, on the disk of the data
     sockets: dict[int, Any] = {}
     try:
         server = create_server(

@@ -22,6 +22,7 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 
 SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
+TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 
 
@@ -161,12 +162,16 @@ class Transfers:
         return [error if error is not None else next(results) for error in outcome]
 
     def publish(self, files: Sequence[tuple[str, StoredFile]]) -> list[S4Error | None]:
-        """Make finished files keys of this node, given as (path, file), in one transaction.
+        """Make finished files keys of this node, given as (path, file), in few transactions.
 
         Returns per key None or why it was refused; the file is still there then.
         """
-        if not files:
-            return []
+        outcome: list[S4Error | None] = []
+        for start in range(0, len(files), TRANSACTION_KEYS):
+            outcome += self._publish_together(files[start : start + TRANSACTION_KEYS])
+        return outcome
+
+    def _publish_together(self, files: Sequence[tuple[str, StoredFile]]) -> list[S4Error | None]:
         return self._keys.add(
             [(path, file.size, file.checksum) for path, file in files],
             lambda i: self._storage.publish(files[i][1].file, files[i][0]),

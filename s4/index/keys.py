@@ -15,7 +15,7 @@ from s4.index.database import Database
 from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
-REMOVE_CHUNK = 500  # keys removed a transaction; bounds how long other writers wait
+REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
 _LAST = "\U0010ffff"  # above every path: no bucket starts with it in practice, and the comparison is <=
 
 

@@ -28,7 +28,7 @@ while read -r; do
         set --
         set +m
         set -euo pipefail
-        eval "$s4_command"
+        eval -- "$s4_command"
     ) &
     wait $!
     s4_status=$?
