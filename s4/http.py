@@ -4,7 +4,7 @@ Every request carries the fingerprint of the caller's conf, so that a node of an
 """
 
 import contextlib
-import random
+import os
 import socket
 import threading
 import time
@@ -135,7 +135,9 @@ class Caller:
             if response.status != 429 or time.monotonic() + pause > give_up:
                 message = text or f"{self.server} answered {response.status} without a reason"
                 raise _ERRORS.get(response.status, S4Error)(" ".join(message.split()))
-            self._aborted.wait(pause * random.uniform(0.5, 1))
+            self._aborted.wait(
+                pause * (0.5 + os.urandom(1)[0] / 512)
+            )  # callers must not come back all at once
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _ask(self, method: str, target: str, body: bytes | None, silence: float) -> HTTPResponse:

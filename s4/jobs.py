@@ -292,7 +292,7 @@ class _Job:
         storage = self._jobs.storage
         name = self._work_name(task)
         if self.row.kind != MAP_TO_N and (conflict := self._jobs.keys.conflict(task.target)):
-            raise conflict
+            raise self._failure(task, conflict)
         if self.row.kind == MAP_FROM_N:
             stdin, lines, variables = None, [storage.real_path(path) for path in task.group], {}
         else:
@@ -315,6 +315,7 @@ class _Job:
 
     def _handle(self, tickets: list[Ticket]) -> None:
         here: list[tuple[str, StoredFile]] = []
+        makers: list[_Task] = []
         finished = 0
         for ticket in tickets:
             if ticket in self._pushes:
@@ -325,18 +326,32 @@ class _Job:
             del self._commands[ticket]
             finished += 1
             for output in ran.outputs:
-                path = task.target if self.row.kind != MAP_TO_N else parse_key(task.target + output.name)
+                path = self._output_path(task, output)
                 position = owner(path, len(self._jobs.conf.servers))
                 if position == self._jobs.position:
                     here.append((path, output))
+                    makers.append(task)
                 else:
                     self._outboxes[str(self._jobs.conf.servers[position])].add(path, output)
                     self._unsent_files += 1
                     self._unsent_bytes += output.size
-        for error in self._jobs.publish(here):
+        for maker, error in zip(makers, self._jobs.publish(here), strict=True):
             if error is not None:
-                raise error
+                raise self._failure(maker, error)
         self.done += finished
+
+    def _output_path(self, task: _Task, output: StoredFile) -> str:
+        if self.row.kind != MAP_TO_N:
+            return task.target
+        try:
+            return parse_key(task.target + output.name)
+        except S4Error as e:
+            raise self._failure(task, e) from e
+
+    def _failure(self, task: _Task, error: S4Error) -> S4Error:
+        """An error of a task, with its key and this node in front."""
+        kind = ConflictError if isinstance(error, ConflictError) else CommandError
+        return kind(f"{url(task.input)} on {self._jobs.server}: {error}")
 
     def _ran(self, ticket: Ticket, task: _Task) -> Ran:
         """The answer of a command that ended well; otherwise CommandError."""
@@ -347,7 +362,7 @@ class _Job:
             stderr = self._jobs.storage.temporary_file(self._work_name(task)) + ".err"
             raise CommandError(f"{where}: {e}{one_line(read_tail(stderr))}") from e
         except S4Error as e:
-            raise CommandError(f"{where}: {e}") from e
+            raise self._failure(task, e) from e
         assert isinstance(ran, Ran)
         if ran.exitcode != 0:
             raise CommandError(f"{where}: exit code {ran.exitcode}{one_line(ran.tail)}")

@@ -93,10 +93,11 @@ class Result:
 
     @property
     def fatal(self) -> str:
-        """The one line of an error, after a check that it is one."""
+        """The one line of an error, after a check that it is one; below a line for each file that failed."""
         assert self.code in (1, 2), f"exit {self.code}\n{self.err}"
-        assert self.err.startswith("fatal: ") and self.err.endswith("\n"), self.err
-        assert self.err.count("\n") == 1, f"not one line:\n{self.err}"
+        *files, last = self.err.splitlines()
+        assert last.startswith("fatal: ") and self.err.endswith("\n"), self.err
+        assert all(line.startswith("failed: ") for line in files), f"not one line:\n{self.err}"
         return self.err.strip()
 
 
@@ -121,7 +122,7 @@ class Node:
 
     @property
     def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def launch(self, *options: str, bare: bool = False, files_up_to: int | None = None) -> None:
         """Start the server without waiting.
@@ -382,7 +383,8 @@ class Cluster:
         if not self.killed:
             assert sorted(map(str, self.temporary.rglob("*"))) == []
         for node in self.nodes:
-            assert not node.log_path.exists() or "Traceback" not in node.log, node.log
+            before, _found, trace = node.log.partition("Traceback")
+            assert not trace, before[-1000:] + trace[:3000]
 
     def _end_everything(self) -> None:
         for process in self.processes:

