@@ -67,7 +67,15 @@ class Node:
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
         self.gate = Gate(WAITING_REQUESTS)
-        self.transfers = Transfers(address, self.keys, self.records, self.storage, self.pool, self.gate)
+        self.transfers = Transfers(
+            str(conf.servers[position]),
+            address,
+            self.keys,
+            self.records,
+            self.storage,
+            self.pool,
+            self.gate,
+        )
         self.jobs = Jobs(
             conf,
             position,

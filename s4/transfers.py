@@ -13,7 +13,15 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from s4.errors import BadRequestError, BusyError, ConflictError, MissingError, S4Error, TransferError
+from s4.errors import (
+    BadRequestError,
+    BusyError,
+    ConflictError,
+    MissingError,
+    S4Error,
+    StoppingError,
+    TransferError,
+)
 from s4.index import KeyIndex, Records
 from s4.keys import url
 from s4.storage import Storage
@@ -72,11 +80,19 @@ class Prepared:
 
 
 class Transfers:
-    """The transfers of a node, on its address `host`."""
+    """The transfers of a node, on its address `host`; messages name it `server`."""
 
     def __init__(
-        self, host: str, keys: KeyIndex, records: Records, storage: Storage, pool: Pool, gate: Gate
+        self,
+        server: str,
+        host: str,
+        keys: KeyIndex,
+        records: Records,
+        storage: Storage,
+        pool: Pool,
+        gate: Gate,
     ) -> None:
+        self._server = server
         self._host = host
         self._keys = keys
         self._records = records
@@ -140,6 +156,12 @@ class Transfers:
                     answer = transfer.ticket.result(SLOT_SECONDS)
         except TimeoutError:
             raise BusyError("the bytes are still arriving; confirm again later") from None
+        except (StoppingError, BusyError):
+            raise
+        except S4Error as e:
+            count = len(transfer.paths)
+            what = url(transfer.paths[0]) if count == 1 else f"a batch of {count} keys"
+            raise TransferError(f"{what} did not arrive on {self._server}: {e}") from e
         assert isinstance(answer, Received)
         return answer
 
