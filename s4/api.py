@@ -261,6 +261,8 @@ class PrepareGet:
         given = _parameters(req)
         path = self._node.own_key(_needed(given, "key"))
         port = _number(given, "port", 65535) if "port" in given else None
+        if port == 0:
+            raise BadRequestError("port=0: a port of the caller is needed")
         prepared = _single(self._node.transfers.prepare_get([path], _peer(req), port, confirmed=True))
         resp.text = prepared.uuid if port is not None else f"{prepared.uuid} {prepared.port}"
 
@@ -416,7 +418,7 @@ class Job:
             command, indir = body["cmd"], body["indir"]
             outdir = body["outdir"] if "outdir" in body else body["outidr"]  # as an older client spells it
             job_id, timeout = body.get("job", ""), body.get("timeout")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise BadRequestError('the body must be JSON {"cmd", "indir", "outdir"}') from None
         if not all(isinstance(text, str) for text in (command, indir, outdir, job_id)):
             raise BadRequestError('"cmd", "indir", "outdir" and "job" must be strings')

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 
@@ -115,10 +116,19 @@ def send_stored(sock: socket.socket, source: int, size: int) -> None:
 
     Raises TransferError when the receiver stalls or leaves, or the file is shorter.
     """
+    # Not blocking: a blocked sendfile would come back after the idle limit with what went before, as if
+    # it had moved, and the next one would wait as long again.
+    sock.setblocking(False)
+    writable = select.poll()
+    writable.register(sock, select.POLLOUT)
     offset = 0
     while offset < size:
         try:
             sent = os.sendfile(sock.fileno(), source, offset, min(size - offset, _SENDFILE_AT_ONCE))
+        except BlockingIOError as e:
+            if not writable.poll(IDLE_SECONDS * 1000):
+                raise _broken(e) from e
+            continue
         except OSError as e:
             raise _broken(e) from e
         if sent == 0:
