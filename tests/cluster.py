@@ -43,13 +43,17 @@ HOST = f"127.{64 + (os.getpid() >> 16) % 64}.{os.getpid() >> 8 & 255}.{os.getpid
 _ports = iter(range(20000, 32000))
 _buckets = itertools.count(1)
 
-# Drops root's right to read and write everything, so that modes count; changes nothing for other users.
-_WITHOUT_PRIVILEGES = """
+# Starts a program without root's right to read and write everything, so that modes count, for root too.
+UNPRIVILEGED = (
+    sys.executable,
+    "-c",
+    """
 import ctypes, os, sys
 for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, see capabilities(7)
     ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 os.execv(sys.argv[1], sys.argv[1:])
-"""
+""",
+)
 
 
 def free_port(host: str = HOST) -> int:
@@ -501,7 +505,7 @@ class Cluster:
         before: Callable[[], None] | None = None,
     ) -> str:
         """Run an `s4` command that has to fail with one clear line, which is returned and holds `says`."""
-        program = (S4,) if privileged else (sys.executable, "-c", _WITHOUT_PRIVILEGES, S4)
+        program = (S4,) if privileged else (*UNPRIVILEGED, S4)
         result = self.run(
             *arguments, data=data, cwd=cwd, env=env, timeout=timeout, program=program, before=before
         )

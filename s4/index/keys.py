@@ -16,7 +16,7 @@ from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
-_LAST = "\U0010ffff"  # above every path: no bucket starts with it in practice, and the comparison is <=
+_LAST = b""  # above every path: to SQLite any blob is larger than any text
 
 
 class KeyRow(NamedTuple):
@@ -220,11 +220,12 @@ _SKIP_SCAN = """
 """
 
 
-def bounds(prefix: str) -> tuple[str, str]:
+def bounds(prefix: str) -> tuple[str, str | bytes]:
     """The half-open range of paths that start with `prefix`. A bucket without `/` is meant whole."""
     if prefix and "/" not in prefix:
         prefix += "/"
-    return prefix, range_end(prefix) or _LAST
+    end = range_end(prefix)
+    return prefix, _LAST if end is None else end
 
 
 def _conflict(db: sqlite3.Connection, path: str) -> ConflictError | None:
