@@ -43,6 +43,8 @@ $(READY): pyproject.toml
 	@echo 'making .venv (once)'
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# Start-up is most of a short command: compiled code is there from the first run on.
+	@$(BIN)/python -m compileall -q s4 migrations
 	@touch $@
 
 clean:

@@ -79,6 +79,10 @@ class NodeError(S4Error):
         self.server = server
 
 
+class DamagedIndexError(S4Error):
+    """node.db is not a database of ours, or damaged."""
+
+
 class LocalFileError(S4Error):
     """A local file or folder cannot be read or written."""
 

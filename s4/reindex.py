@@ -1,5 +1,6 @@
 """s4-server reindex: rebuild the index of a node from the files in its data folder."""
 
+import contextlib
 import os
 import sys
 import time
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from s4.config import Conf
-from s4.errors import BadKeyError
+from s4.errors import BadKeyError, DamagedIndexError
 from s4.index import Database, KeyIndex, KeyRow, Records
 from s4.keys import owner, parse_key
 from s4.recovery import recover
@@ -25,7 +26,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     S4Error if a node runs on the folder or the index cannot be written.
     """
     storage = Storage(data)
-    database = Database(storage.index_path)
+    database = _open(storage.index_path)
     keys = KeyIndex(database)
     recover(storage, keys, Records(database))
     cpus = len(os.sched_getaffinity(0))
@@ -55,6 +56,21 @@ def reindex(conf: Conf, position: int, data: str) -> None:
         database.close()
         storage.close()
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+def _open(path: str) -> Database:
+    """The index; a damaged one is set aside and a new one begun."""
+    try:
+        database = Database(path)
+        database.check()
+        return database
+    except DamagedIndexError as e:
+        aside = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        print(f"{e}; it is set aside as {aside}", file=sys.stderr)
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path + suffix, aside + suffix)
+    return Database(path)
 
 
 def _acceptable(conf: Conf, position: int, storage: Storage, counts: dict[str, int]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s4.errors import S4Error, StoppingError
+from s4.errors import DamagedIndexError, StoppingError
 
 # A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
 _PRAGMAS = """
@@ -27,7 +27,7 @@ _PRAGMAS = """
 class Database:
     """node.db, migrated to the newest schema when it is opened.
 
-    Raises S4Error if the file is not a database of ours.
+    Raises DamagedIndexError if the file is not a database of ours.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,9 +38,7 @@ class Database:
             self._writer = self._connect()
             self._writer.execute("PRAGMA cache_size = -8000")
         except sqlite3.DatabaseError as e:
-            raise S4Error(
-                f"{path}: {e}; move it away and run 's4-server reindex' to rebuild it from the files"
-            ) from e
+            raise DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files") from e
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
         self._local = threading.local()
@@ -81,6 +79,15 @@ class Database:
             connection = self._local.connection = self._connect()
             connection.execute("PRAGMA query_only = 1")
         return connection
+
+    def check(self) -> None:
+        """Read the whole file. Raises DamagedIndexError if it is not sound."""
+        try:
+            [(found,)] = self.read().execute("PRAGMA quick_check(1)").fetchall()
+        except sqlite3.DatabaseError as e:
+            found = str(e)
+        if found != "ok":
+            raise DamagedIndexError(f"{self.path}: {found}")
 
     def close(self) -> None:
         """Close the writer; SQLite then folds the WAL into node.db."""

@@ -109,7 +109,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Checksum:
-    """Compute checksums of files. Answers Checksums."""
+    """Make files read-only and compute their checksums. Answers Checksums."""
 
     files: list[str]
 

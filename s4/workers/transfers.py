@@ -73,6 +73,7 @@ def checksum(task: Checksum) -> Checksums:
             found.append(None)
             continue
         try:
+            os.fchmod(fd, 0o444)
             size, digest = checksum_of(fd)
             found.append((size, digest, int(os.fstat(fd).st_mtime)))
         finally:
