@@ -59,7 +59,10 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
         finally:
             for fd in fds:
                 os.close(fd)
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except OSError:  # the node is gone
+            break
     processes.kill_children(lambda _pid, _session: True)
 
 
