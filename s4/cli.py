@@ -87,7 +87,9 @@ def _open_standard_streams() -> None:
 
 
 def _printable(text: str) -> str:
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().replace(_MARK, "").split())
+    """One line without control characters, which could change what a terminal shows."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().replace(_MARK, "").split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _run(words: Sequence[str]) -> int:

@@ -199,6 +199,7 @@ class Client:
         def run(server: str) -> int:
             with self.caller(server) as caller:
                 callers.append(caller)
+                caller.call("GET", "/health")  # a job has no time limit; find out now who is no node
                 answer = caller.call("POST", path, None, body, silence=FOREVER)
                 try:
                     return int(json.loads(answer)["tasks"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 THREADS_PER_SERVER = 2
 MAX_THREADS = 16
+STOP_SECONDS = 2.0  # for each thread to tidy up after a Ctrl-C
 
 
 class Item(NamedTuple):
@@ -90,19 +91,19 @@ def _get(client: "Client", src: str, dst: str) -> None:
     with client.caller(client.server_of(path)) as caller:
         if dst == "-":
             sys.stdout.flush()
-            get_one(caller, path, 1)
+            get_one(caller, path, 1, reserve=False)
             return
         if dst.endswith("/") or dst in (".", ".."):
             dst = os.path.join(dst, name_of(path))
         if os.path.isdir(dst):
             raise LocalFileError(f"{dst} is a folder: write {dst}/ to copy into it")
-        with _arriving(dst) as target:
-            get_one(caller, path, target)
+        with _arriving(dst) as (target, new):
+            get_one(caller, path, target, reserve=new)
 
 
 @contextlib.contextmanager
-def _arriving(dst: str) -> Iterator[int]:
-    """A descriptor for the bytes of `dst`, which appears, whole, when the block ends well.
+def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
+    """(descriptor, whether it is a new file) for the bytes of `dst`, which appears, whole, at a good end.
 
     Missing folders are made, and removed again on failure. Raises LocalFileError.
     """
@@ -122,7 +123,7 @@ def _arriving(dst: str) -> Iterator[int]:
                 _remove_folders(made)
                 raise
         try:
-            yield target
+            yield target, bool(temporary)
             if temporary:
                 os.rename(temporary, place)
                 temporary, made = "", []
@@ -250,6 +251,7 @@ class _Crew:
         self._failures = failures
         self._failed_before = len(failures)
         self._lock = threading.Lock()
+        self._ended = threading.Semaphore(0)  # once for each thread: Thread.join forgets a thread at Ctrl-C
         self._stopping = False
         self._active: set[Caller] = set()
         self._errors: list[BaseException] = []
@@ -266,12 +268,12 @@ class _Crew:
             for thread in threads:
                 thread.start()
             try:
-                for thread in threads:
-                    thread.join()
+                for _ in threads:
+                    self._ended.acquire()
             except BaseException:
                 self._stop()
-                for thread in threads:
-                    thread.join(5)
+                for _ in threads:
+                    self._ended.acquire(timeout=STOP_SECONDS)
                 raise
         if self._errors:
             raise self._errors[0]
@@ -309,6 +311,7 @@ class _Crew:
         finally:
             for caller in callers.values():
                 caller.close()
+            self._ended.release()
 
     def _fail(self, item: Item, reason: str) -> None:
         named = reason if item.file in reason else f"{item.file}: {reason}"
@@ -368,7 +371,10 @@ def _fill(sock: "socket.socket", size: int) -> None:
     """Send something in place of a file that cannot be read, so that the others of its batch arrive."""
     if size > MAX_BATCH_BYTES:
         raise TransferError("a large file could not be read")
-    sock.sendall(bytes(size))
+    try:
+        sock.sendall(bytes(size))
+    except OSError as e:
+        raise TransferError(f"the connection broke: {e.strerror or e}") from e
 
 
 def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:
@@ -376,8 +382,8 @@ def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
         item = items[index]
         before = incoming.taken
         try:
-            with _arriving(item.file) as target:
-                arrived, found = incoming.copy(target, size, reserve=stat.S_ISREG(os.fstat(target).st_mode))
+            with _arriving(item.file) as (target, new):
+                arrived, found = incoming.copy(target, size, reserve=new)
                 if arrived != size:
                     raise TransferError(f"{url(item.path)}: only {arrived} of {size} bytes came")
                 if found != checksum:

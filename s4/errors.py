@@ -12,6 +12,16 @@ class S4Error(Exception):
     exit_code = FAILED
 
 
+def rebuilt(name: str, message: str) -> S4Error:
+    """An error that crossed from another process as the name of its class and its text."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, S4Error)):
+        kind = S4Error
+    error = kind.__new__(kind)  # some take more than a text
+    error.args = (message,)
+    return error
+
+
 class MisuseError(S4Error):
     """The command line was not understood: unknown command, option or number of arguments."""
 

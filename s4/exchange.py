@@ -9,7 +9,6 @@ prepare, one stream, one to confirm, one transaction.
 import json
 import os
 import socket
-import stat
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,13 +43,17 @@ def put_one(caller: Caller, path: str, source: int, size: int | None, name: str)
         caller.call("POST", "/confirm_put", {"uuid": uuid, "checksum": checksum})
     except MissingError:
         raise broken or TransferError(f"{url(path)}: {caller.server} gave up the transfer") from None
+    if broken is not None:
+        raise broken
 
 
-def get_one(caller: Caller, path: str, target: int) -> None:
-    """Write a key to the descriptor `target`. Raises S4Error: what was written then is worth nothing."""
+def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
+    """Write a key to the descriptor `target`; `reserve` if it is a new file.
+
+    Raises S4Error: what was written then is worth nothing.
+    """
     uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_get", {"key": url(path)}))
     with caller.transfer(port) as sock:
-        reserve = stat.S_ISREG(os.fstat(target).st_mode)
         _size, checksum = Incoming(sock).copy(target, None, reserve=reserve)
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
@@ -88,8 +91,8 @@ def put_batch(
     if not wanted:
         return refused
     try:
-        uuid, port = str(answer["uuid"]), int(answer["port"])
-    except (KeyError, TypeError, ValueError):
+        uuid, port = str(answer["uuid"]), _port(caller, answer["port"])
+    except KeyError:
         raise _nonsense(caller) from None
     checksums: list[str] = []
     broken: TransferError | None = None
@@ -106,6 +109,8 @@ def put_batch(
         confirmed = caller.call("POST", "/confirm_puts", {"uuid": uuid}, json.dumps(checksums).encode())
     except MissingError:
         raise broken or TransferError(f"{caller.server} gave up a transfer") from None
+    if broken is not None:
+        raise broken
     for i, error in zip(wanted, _refusals(caller, _object(caller, confirmed), len(wanted)), strict=True):
         refused[i] = error
     return refused
@@ -125,7 +130,7 @@ def get_batch(
     if not wanted:
         return refused
     try:
-        port = int(answer["port"])
+        port = _port(caller, answer["port"])
         expected = [(int(size), str(checksum)) for size, checksum in answer["files"]]
         pairs = list(zip(wanted, expected, strict=True))
     except (KeyError, TypeError, ValueError):
@@ -140,9 +145,19 @@ def get_batch(
 def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
     try:
         uuid, port = answer.decode().split()
-        return uuid, int(port)
     except ValueError:
         raise _nonsense(caller) from None
+    return uuid, _port(caller, port)
+
+
+def _port(caller: Caller, text: object) -> int:
+    try:
+        port = int(str(text))
+    except ValueError:
+        port = 0
+    if not 0 < port < 65536:
+        raise _nonsense(caller)
+    return port
 
 
 def _object(caller: Caller, answer: bytes) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from s4.transfers import Gate, Transfers, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Command, Ran
 
-WAITING_REQUESTS = 32  # requests that may wait for a slot, a command or a job at once
+WAITING_TRANSFERS = 16  # requests that may wait for a slot at once, or for bytes to arrive
+WAITING_JOBS = 16  # that may wait for the end of a job
+WAITING_REMOVALS = 4
+WAITING_EVALS = 8  # that may wait for a slot, beyond those whose commands run
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
@@ -36,6 +39,11 @@ class Limits:
     io_jobs: int
     cpu_jobs: int
     timeout: float
+
+    @property
+    def waiting_requests(self) -> int:
+        """How many requests may wait at once; a server needs more threads than that."""
+        return WAITING_TRANSFERS + WAITING_JOBS + WAITING_REMOVALS + WAITING_EVALS + self.cpu_jobs
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,9 @@ class Node:
         recover(self.storage, self.keys, self.records)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
-        self.gate = Gate(WAITING_REQUESTS)
+        self.evals = Gate(limits.cpu_jobs + WAITING_EVALS)
+        self.removals = Gate(WAITING_REMOVALS)
+        self.waiting_jobs = Gate(WAITING_JOBS)
         self.transfers = Transfers(
             str(conf.servers[position]),
             address,
@@ -74,7 +84,7 @@ class Node:
             self.records,
             self.storage,
             self.pool,
-            self.gate,
+            Gate(WAITING_TRANSFERS),
         )
         self.jobs = Jobs(
             conf,
@@ -111,7 +121,7 @@ class Node:
             path = parse_prefix(prefix)
             if not path:
                 raise BadRequestError("name at least a bucket: rm -r s4://BUCKET/")
-            with self.gate.waiting():
+            with self.removals.waiting():
                 self.keys.remove_prefix(path, self.storage.unlink)
         else:
             self.keys.remove(self.own_key(prefix), self.storage.unlink)
@@ -137,7 +147,7 @@ class Node:
             [],
             {"filename": os.path.basename(path)},
         )
-        with self.gate.waiting():
+        with self.evals.waiting():
             ticket = self.pool.submit(Ticket(Kind.COMPUTE, task, time_limit=timeout, urgent=True))
             wait_for_slot(self.pool, ticket)
             try:
@@ -179,7 +189,7 @@ class Node:
     def run_job(self, kind: str, indir: str, outdir: str, command: str, job_id: str, timeout: float) -> int:
         """Run this node's share of a job to its end; returns its number of tasks. Raises S4Error."""
         row = JobRow(self._job_id(job_id), kind, indir, outdir, checked_command(command))
-        with self.gate.waiting():
+        with self.waiting_jobs.waiting():
             return self.jobs.start(row, timeout).wait()
 
     def _job_id(self, job_id: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 
+from s4.errors import S4Error
 from s4.index import KeyIndex, Records
 from s4.storage import Storage
 
@@ -17,7 +18,10 @@ def recover(storage: Storage, keys: KeyIndex, records: Records) -> None:
         folder = prefix[: prefix.rfind("/")]
         doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and not keys.exists(p)]
     for path in doomed:
-        storage.unlink(path)
+        try:
+            storage.unlink(path)
+        except S4Error as e:
+            log.warning("an unfinished file stays: %s", e)
     if doomed:
         log.info("removed up to %d files that the last run left unfinished", len(doomed))
     records.forget_crash()

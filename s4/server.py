@@ -138,7 +138,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from waitress.server import create_server
 
     from s4.api import make_app
-    from s4.node import WAITING_REQUESTS, Limits, Node
+    from s4.node import Limits, Node
 
     own = conf.servers[position]
     address = local_address(own.host)
@@ -152,7 +152,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             make_app(node),
             map=sockets,
             listen=str(Server(address, own.port)),
-            threads=WAITING_REQUESTS + SPARE_THREADS,
+            threads=limits.waiting_requests + SPARE_THREADS,
             connection_limit=1000,  # by default further clients hang at 100
             channel_request_lookahead=1,  # lets an eval notice that its caller is gone
             # A listing never waits for a slow reader: waitress spools what it cannot send to a file.
@@ -167,6 +167,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
     log.info("node %s serves %s", own, node.storage.root)
+    if address.startswith("127.") and any(other.host != own.host for other in conf.servers):
+        log.warning("%s is %s here: other machines cannot reach this node; see /etc/hosts", own.host, address)
     stopping.wake = server.pull_trigger
     while not stopping.asked:
         wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)

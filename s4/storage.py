@@ -108,7 +108,7 @@ class Storage:
         try:
             with self._folder(folder) as fd:
                 os.unlink(name, dir_fd=fd)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             pass
         except OSError as e:
             raise _explained(path, e) from e

@@ -5,6 +5,7 @@ answer can ask again. What is never confirmed expires.
 """
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -31,6 +32,8 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
+log = logging.getLogger("s4.transfers")
+
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 
 
@@ -55,6 +58,20 @@ class Gate:
             self._places.release()
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a put came to: per key None or why it was refused, or why all of it failed."""
+
+    refused: list[S4Error | None]
+    failure: S4Error | None
+    ended_s: float  # monotonic
+
+    def answer(self) -> list[S4Error | None]:
+        if self.failure is not None:
+            raise self.failure
+        return self.refused
+
+
 @dataclass
 class _Transfer:
     uuid: str
@@ -63,8 +80,6 @@ class _Transfer:
     files: list[str]  # of a put: where the bytes arrive
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
-    ended_s: float | None = None  # monotonic
-    outcome: list[S4Error | None] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -100,6 +115,7 @@ class Transfers:
         self._pool = pool
         self._gate = gate
         self._transfers: dict[str, _Transfer] = {}
+        self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
 
     def prepare_put(self, entries: Sequence[tuple[str, int | None]], peer: str) -> Prepared:
         """Get ready to receive keys, given as (path, size), from the address `peer`.
@@ -134,18 +150,25 @@ class Transfers:
         Returns per key None or why it was refused. Raises MissingError for an unknown or expired transfer,
         TransferError if the bytes did not arrive.
         """
+        ended = self._outcomes.get(name)
+        if ended is not None:
+            return ended.answer()
         transfer = self._find(name, put=True)
         if len(checksums) != len(transfer.paths):
             raise BadRequestError(f"{len(transfer.paths)} checksums are needed, not {len(checksums)}")
         with transfer.lock:
-            if transfer.outcome is None:
+            ended = self._outcomes.get(name)
+            if ended is None:
                 try:
                     received = self._received(transfer)
-                    transfer.outcome = self._publish(transfer, received, checksums)
-                finally:
-                    if transfer.ticket.done:
-                        self._end(transfer)
-            return transfer.outcome
+                    outcome = _Outcome(self._publish(transfer, received, checksums), None, time.monotonic())
+                except BusyError:
+                    raise
+                except S4Error as e:
+                    outcome = _Outcome([], e, time.monotonic())
+                ended = self._outcomes[name] = outcome
+                self._end(transfer)
+        return ended.answer()
 
     def _received(self, transfer: _Transfer) -> Received:
         try:
@@ -271,26 +294,27 @@ class Transfers:
         return ticket
 
     def _end(self, transfer: _Transfer) -> None:
-        if transfer.ended_s is None:
-            transfer.ended_s = time.monotonic()
+        if self._transfers.pop(transfer.uuid, None) is not None:
             for file in transfer.files:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
-            self._records.transfer_ended(transfer.uuid)
+            try:
+                self._records.transfer_ended(transfer.uuid)
+            except S4Error as e:  # the key is stored or not all the same; the next start drops the row
+                log.warning("transfer %s: %s", transfer.uuid, e)
 
     def expire(self) -> None:
         """Drop what nobody confirmed; called about once a second."""
         now = time.monotonic()
+        for name, outcome in list(self._outcomes.items()):
+            if now > outcome.ended_s + OUTCOME_SECONDS:
+                del self._outcomes[name]
         for transfer in list(self._transfers.values()):
-            if transfer.ended_s is not None:
-                if now > transfer.ended_s + OUTCOME_SECONDS:
-                    del self._transfers[transfer.uuid]
-            elif transfer.ticket.done:
-                since = transfer.ticket.done_s
-                if not transfer.confirmed_by_caller or now > since + UNCONFIRMED_SECONDS:
+            if transfer.ticket.done:
+                unconfirmed_s = now - transfer.ticket.done_s
+                if not transfer.confirmed_by_caller or unconfirmed_s > UNCONFIRMED_SECONDS:
                     with transfer.lock:
                         self._end(transfer)
-                    del self._transfers[transfer.uuid]
 
 
 def _close_all(fds: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""A real cluster on loopback: nodes, `s4` commands, the bare HTTP interface, and the proof that nothing is left.
+"""A real cluster on loopback: nodes, commands, the bare HTTP interface, and the proof that nothing is left.
 
 Every process of a cluster works below its folder or has the folder in its environment, so that whatever
 survives a test is found in /proc, ended and reported.
@@ -131,7 +131,7 @@ class Node:
     def launch(self, *options: str, bare: bool = False, files_up_to: int | None = None) -> None:
         """Start the server without waiting.
 
-        `bare`: without the usual options. `files_up_to`: bytes that may be written to a file, as on a full disk.
+        `bare`: without the usual options. `files_up_to`: bytes that fit into a file, as on a full disk.
         """
         place = [] if bare else ["-port", str(self.port), "-conf", str(self.cluster.conf)]
 
@@ -159,7 +159,9 @@ class Node:
     def wait_healthy(self) -> None:
         def healthy() -> bool:
             assert self.process is not None
-            assert self.process.poll() is None, f"node ended with {self.process.returncode}:\n{self.log[-3000:]}"
+            assert self.process.poll() is None, (
+                f"node ended with {self.process.returncode}:\n{self.log[-3000:]}"
+            )
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self.get("/health", timeout=1).status == 200
             return False
@@ -257,7 +259,7 @@ class Node:
         return data
 
     def listing(self, prefix: str, *, recursive: bool = True) -> list[list[str]]:
-        answer = self.get("/list", prefix=prefix, **({"recursive": "true"} if recursive else {}))
+        answer = self.get("/list", prefix=prefix, recursive=str(recursive).lower())
         assert answer.status == 200, answer
         rows: list[list[str]] = answer.json()
         return rows
@@ -266,7 +268,7 @@ class Node:
         return self.data / key.removeprefix("s4://")
 
     def temporary(self) -> list[Path]:
-        """What is in the folders of arriving bytes and of running commands, apart from the workers' own files."""
+        """What arrives or is being made, apart from the workers' own files."""
         found = [path for name in ("_tempfiles", "_tempdirs") for path in (self.data / name).glob("*")]
         return [path for path in found if not path.name.startswith("worker-")]
 
@@ -277,7 +279,7 @@ class Node:
             return db.execute(sql, parameters).fetchall()
 
     def check(self) -> None:
-        """Rows and files agree: the same keys, sizes and checksums, all read-only; nothing half-made is left."""
+        """Rows and files agree on keys, sizes and checksums; all are read-only; nothing half-made is left."""
         eventually(lambda: not self.temporary(), 15, f"{self}: temporary files gone")
         files: dict[str, tuple[int, str]] = {}
         for path in self.data.rglob("*"):
@@ -287,7 +289,10 @@ class Node:
             status = path.lstat()
             assert stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o444, path
             files[str(below)] = (status.st_size, file_checksum(path))
-        rows = {path: (size, checksum) for path, size, checksum in self.rows("select path, size, checksum from keys")}
+        rows = {
+            path: (size, checksum)
+            for path, size, checksum in self.rows("select path, size, checksum from keys")
+        }
         assert rows == files
 
 
@@ -524,7 +529,11 @@ class Cluster:
         state = []
         for node in self.nodes:
             eventually(lambda node=node: not node.temporary(), 15, f"{node}: temporary files gone")  # type: ignore[misc]
-            below = (path for path in node.data.rglob("*") if not path.relative_to(node.data).parts[0].startswith("_"))
+            below = (
+                path
+                for path in node.data.rglob("*")
+                if not path.relative_to(node.data).parts[0].startswith("_")
+            )
             keys = [row[0] for row in node.rows("select path from keys")]
             state.append((str(node), sorted([*map(str, below), *keys])))
         return state
@@ -532,7 +541,9 @@ class Cluster:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """The files below a folder, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()
+    }
 
 
 def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures: a cluster that ordinary tests share, clusters of one's own for tests that break things, folders."""
+"""Fixtures: a cluster that ordinary tests share, others for tests that break things, and folders."""
 
 import contextlib
 import tempfile

@@ -37,7 +37,9 @@ def test_servers_are_listed_in_order_without_comments_and_blank_lines(cluster: C
 
 
 @pytest.mark.parametrize(("text", "says"), BAD_CONFS.values(), ids=BAD_CONFS)
-def test_a_bad_conf_is_reported_with_file_and_line(cluster: Cluster, folder: Path, text: str, says: str) -> None:
+def test_a_bad_conf_is_reported_with_file_and_line(
+    cluster: Cluster, folder: Path, text: str, says: str
+) -> None:
     conf = folder / "bad.conf"
     conf.write_bytes(os.fsencode(text))
     line = cluster.fails("servers", "-c", str(conf), says=str(conf))
@@ -60,9 +62,16 @@ def test_a_conf_that_is_missing_or_unreadable_is_reported(cluster: Cluster, fold
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-c", "CONF", "servers"], ["servers", "-c", "CONF"], ["servers", "--conf", "CONF"], ["servers", "--conf=CONF"]],
+    [
+        ["-c", "CONF", "servers"],
+        ["servers", "-c", "CONF"],
+        ["servers", "--conf", "CONF"],
+        ["servers", "--conf=CONF"],
+    ],
 )
-def test_the_option_chooses_the_conf_over_the_variable(cluster: Cluster, folder: Path, arguments: list[str]) -> None:
+def test_the_option_chooses_the_conf_over_the_variable(
+    cluster: Cluster, folder: Path, arguments: list[str]
+) -> None:
     conf = folder / "1e3"  # a name that must not be taken for a number
     conf.write_text("chosen:1\n")
     spelled = [argument.replace("CONF", conf.name) for argument in arguments]
@@ -158,7 +167,9 @@ def test_health_reports_nodes_whose_conf_disagrees(cluster: Cluster, disagreeing
     assert "conf" in result.err
 
 
-def test_health_reports_the_one_node_of_a_cluster_whose_conf_disagrees(start_cluster: Callable[..., Cluster]) -> None:
+def test_health_reports_the_one_node_of_a_cluster_whose_conf_disagrees(
+    start_cluster: Callable[..., Cluster],
+) -> None:
     cluster = start_cluster(2)
     one, two = cluster.nodes
     two.terminate()
@@ -170,7 +181,9 @@ def test_health_reports_the_one_node_of_a_cluster_whose_conf_disagrees(start_clu
     assert result.lines == [f"healthy:   {one}", f"unhealthy: {two}"]
 
 
-def test_with_a_disagreeing_conf_nothing_is_stored_anywhere(cluster: Cluster, bucket: str, disagreeing: str) -> None:
+def test_with_a_disagreeing_conf_nothing_is_stored_anywhere(
+    cluster: Cluster, bucket: str, disagreeing: str
+) -> None:
     cluster.put(f"{bucket}/in/000", b"x")
     with cluster.nothing_changes():
         for name in ("000", "002", "a.txt", "d.txt"):

@@ -90,7 +90,9 @@ def test_a_key_goes_to_the_file_or_into_the_folder(
     assert tree(folder) == {path: b"x"}
 
 
-def test_a_download_replaces_a_file_and_follows_the_umask(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_a_download_replaces_a_file_and_follows_the_umask(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     cluster.put(f"{bucket}/000", b"new")
     (folder / "file").write_bytes(b"old")
     cluster.s4("cp", f"{bucket}/000", "file", cwd=folder)
@@ -107,7 +109,9 @@ def test_a_name_of_255_bytes_can_be_downloaded(cluster: Cluster, bucket: str, fo
     assert tree(folder) == {"n" * 255: b"x", f"all/{'n' * 255}": b"x"}
 
 
-def test_a_download_into_a_named_pipe_does_not_replace_it(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_a_download_into_a_named_pipe_does_not_replace_it(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     cluster.put(f"{bucket}/000", b"x" * 100)
     os.mkfifo(folder / "pipe")
     process = cluster.start_s4("cp", f"{bucket}/000", "pipe", cwd=folder)
@@ -118,7 +122,9 @@ def test_a_download_into_a_named_pipe_does_not_replace_it(cluster: Cluster, buck
     assert (folder / "pipe").is_fifo()
 
 
-def test_a_download_through_a_symbolic_link_writes_its_target(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_a_download_through_a_symbolic_link_writes_its_target(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     cluster.put(f"{bucket}/000", b"new")
     (folder / "real").mkdir()
     (folder / "link").symlink_to("real")
@@ -158,7 +164,9 @@ def test_the_contents_of_a_folder_go_under_the_destination(
     assert cluster.contents(f"{bucket}/dst/") == FILES
 
 
-def test_the_current_folder_goes_to_a_whole_bucket_and_back(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_the_current_folder_goes_to_a_whole_bucket_and_back(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     write_tree(folder / "src", FILES)
     cluster.s4("cp", "-r", ".", bucket, cwd=folder / "src")
     assert cluster.contents(f"{bucket}/") == FILES
@@ -204,11 +212,17 @@ def test_between_two_keys_there_is_no_copy(cluster: Cluster, bucket: str) -> Non
     with cluster.nothing_changes():
         for flags in ([], ["-r"]):
             cluster.fails(
-                "cp", *flags, f"{bucket}/000", f"{bucket}/001", says="there is no move, there is only cp and rm"
+                "cp",
+                *flags,
+                f"{bucket}/000",
+                f"{bucket}/001",
+                says="there is no move, there is only cp and rm",
             )
 
 
-def test_every_file_that_failed_is_named_and_the_others_arrive(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_every_file_that_failed_is_named_and_the_others_arrive(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     write_tree(folder / "src", FILES | {"taken": b"new", "also/taken": b"new"})
     cluster.put_all({f"{bucket}/dst/taken": b"old", f"{bucket}/dst/also/taken": b"old"})
     result = cluster.run("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
@@ -311,7 +325,12 @@ def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
 
 def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bucket: str) -> None:
     cluster.put(f"{bucket}/000", b"x" * 100_000)
-    for arguments in (["cp", f"{bucket}/000", "-"], ["ls", "-r", bucket], ["eval", f"{bucket}/000", "cat"], ["servers"]):
+    for arguments in (
+        ["cp", f"{bucket}/000", "-"],
+        ["ls", "-r", bucket],
+        ["eval", f"{bucket}/000", "cat"],
+        ["servers"],
+    ):
         with open("/dev/full", "wb") as full:
             process = cluster.start_s4(*arguments, stdout=full)
             _out, err = process.communicate(timeout=20)
@@ -319,7 +338,9 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bu
         assert err.startswith(b"fatal: ") and b"No space left" in err and err.count(b"\n") == 1, err
 
 
-def test_a_file_that_changed_on_the_nodes_disk_is_not_handed_out(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_file_that_changed_on_the_nodes_disk_is_not_handed_out(
+    start_cluster: Callable[..., Cluster],
+) -> None:
     cluster = start_cluster(1, check=False)
     (node,) = cluster.nodes
     cluster.put_all({f"s4://b/d/00{i}": b"right" for i in range(3)})
@@ -417,7 +438,9 @@ def test_ctrl_c_during_an_upload_leaves_no_key(cluster: Cluster, bucket: str) ->
     assert cluster.keys(bucket) == []
 
 
-def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(cluster: Cluster, bucket: str, folder: Path) -> None:
+def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
     files = {f"{i:04}": os.urandom(20_000) for i in range(3000)}
     write_tree(folder, files)
     process = cluster.start_s4("cp", "-r", ".", f"{bucket}/d/", cwd=folder)
@@ -447,4 +470,6 @@ def test_ctrl_c_during_a_download_leaves_no_part_of_a_file(
     eventually(lambda: holds_open(process.pid, folder), 10, "a file is being written")
     _interrupt(process)
     left = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    assert all(recursive and name in ("000", "001", "002") and size == 100 << 20 for name, size in left.items())
+    assert all(
+        recursive and name in ("000", "001", "002") and size == 100 << 20 for name, size in left.items()
+    )

@@ -28,7 +28,11 @@ def test_hash_has_the_fixed_points_of_the_specification(name: str, value: int) -
 
 
 @settings(deadline=None)
-@given(name=st.one_of(NAMES, NUMBERED), servers=st.integers(1, 50), folder=st.sampled_from(["b/", "b/x/", "000/1_/y/"]))
+@given(
+    name=st.one_of(NAMES, NUMBERED),
+    servers=st.integers(1, 50),
+    folder=st.sampled_from(["b/", "b/x/", "000/1_/y/"]),
+)
 @example(name="²_x", servers=7, folder="b/")  # a digit for Python, not an ASCII one
 @example(name="٣_x", servers=7, folder="b/")
 @example(name="_1", servers=7, folder="b/")
@@ -52,7 +56,9 @@ def test_names_go_to_the_servers_of_the_specification(
     assert holders == [server]
 
 
-def test_keys_with_one_number_share_a_server_and_consecutive_numbers_go_round(cluster: Cluster, bucket: str) -> None:
+def test_keys_with_one_number_share_a_server_and_consecutive_numbers_go_round(
+    cluster: Cluster, bucket: str
+) -> None:
     for number in range(5):
         names = [f"{number:03}", f"{number:03}_part.txt", f"x/y/{number:03}", f"{number}_x", f"{number:09}_y"]
         for name in names:

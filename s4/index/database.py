@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s4.errors import DamagedIndexError, StoppingError
+from s4.errors import DamagedIndexError, S4Error, StoppingError
 
 # A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
 _PRAGMAS = """
@@ -37,8 +37,8 @@ class Database:
             _migrate(path)
             self._writer = self._connect()
             self._writer.execute("PRAGMA cache_size = -8000")
-        except sqlite3.DatabaseError as e:
-            raise DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files") from e
+        except sqlite3.Error as e:
+            raise _explained(path, e) from e
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
         self._local = threading.local()
@@ -53,17 +53,19 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction; rolled back if the block raises."""
+        """One transaction; rolled back if the block raises. Raises S4Error if SQLite fails."""
         with self._write_lock:
             if self._closed:
                 raise StoppingError("the node is shutting down")
-            self._writer.execute("BEGIN IMMEDIATE")
             try:
+                self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
                 self._writer.execute("COMMIT")
-            except BaseException:
+            except BaseException as e:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
+                if isinstance(e, sqlite3.Error):
+                    raise _explained(self.path, e) from e
                 raise
 
     @contextmanager
@@ -84,8 +86,8 @@ class Database:
         """Read the whole file. Raises DamagedIndexError if it is not sound."""
         try:
             [(found,)] = self.read().execute("PRAGMA quick_check(1)").fetchall()
-        except sqlite3.DatabaseError as e:
-            found = str(e)
+        except sqlite3.Error as e:
+            raise _explained(self.path, e) from e
         if found != "ok":
             raise DamagedIndexError(f"{self.path}: {found}")
 
@@ -94,6 +96,12 @@ class Database:
         with self._write_lock:
             self._closed = True
             self._writer.close()
+
+
+def _explained(path: str, e: sqlite3.Error) -> S4Error:
+    if e.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
+    return S4Error(f"the index {path}: {e}")
 
 
 def _migrate(path: str) -> None:

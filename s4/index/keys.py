@@ -95,13 +95,13 @@ class KeyIndex:
                             db.execute("DELETE FROM keys WHERE path = ?", (path,))
                             refused = e
                     outcome.append(refused)
-        except sqlite3.Error as e:
+        except S4Error:
             placed = [row[0] for row, refused in zip(rows, outcome, strict=False) if refused is None]
             with self._db.exclusive():
                 for path, row in zip(placed, self.get_all(placed), strict=True):
                     if row is None:
                         unlink(path)
-            raise S4Error(f"the index cannot store keys: {e}") from e
+            raise
         return outcome
 
     def remove(self, path: str, unlink: Callable[[str], None]) -> None:

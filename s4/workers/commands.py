@@ -66,7 +66,9 @@ class Commands:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except PermissionError:
-            os.chmod(path, 0o444, follow_symlinks=False)
+            if os.path.islink(path):
+                raise
+            os.chmod(path, 0o444)
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._shell.seal(fd)

@@ -29,6 +29,7 @@ from s4.workers.tasks import Failure, Result, Task, shell_file
 
 SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
 IDLE_SECONDS = 10.0
+PAUSE_SECONDS = 0.5
 MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 107
 
 log = logging.getLogger("s4.pool")
@@ -96,8 +97,7 @@ class Ticket:
 
     def _finish(self, answer: Result, error: S4Error | None) -> None:
         if isinstance(answer, Failure):
-            kind = getattr(errors, answer.error, S4Error)
-            error = kind(answer.message)
+            error = errors.rebuilt(answer.error, answer.message)
         self._answer, self._error = answer, error
         self._close_fds()
         self._started.set()
@@ -131,6 +131,8 @@ class Pool:
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.Lock()
         self._stopping = False
+        self._retires_at = time.monotonic() + IDLE_SECONDS
+        self._wakes_at = 0.0  # monotonic: when the loop looks at the deadlines again
         self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = os.pipe()
@@ -214,7 +216,9 @@ class Pool:
                 worker.ticket, ticket.pid = ticket, worker.pid
                 if ticket.time_limit is not None:
                     worker.deadline = time.monotonic() + ticket.time_limit
-                    self._wake()  # the loop may be waiting for a later deadline
+                    if worker.deadline < self._wakes_at:
+                        self._wakes_at = worker.deadline
+                        self._wake()
                 try:
                     worker.connection.send((ticket.task, len(ticket.fds)))
                     if ticket.fds:
@@ -226,36 +230,44 @@ class Pool:
         return True
 
     def _loop(self) -> None:
-        next_retirement = time.monotonic() + IDLE_SECONDS
         while True:
-            with self._lock:
-                now = time.monotonic()
-                for worker in self._workers.values():
-                    if worker.deadline <= now and worker.ticket is not None and worker.reason is None:
-                        limit = worker.ticket.time_limit or 0
-                        self._kill(
-                            worker, errors.TimeLimitError(f"killed after its time limit of {limit:g} s")
-                        )
-                short = not self._dispatch() or len(self._workers) < SPARE_WORKERS
-                stopping = self._stopping
-                if now >= next_retirement:
-                    next_retirement = now + IDLE_SECONDS
-                    self._retire(now)
-                deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
-                finished, self._finished = self._finished, []
-            for ticket, answer, error in finished:
-                self._finish(ticket, answer, error)
-            if stopping and not self._workers:
-                return
-            if short and not stopping:
-                self._spawn()
-                continue
-            timeout = max(0.0, min([next_retirement, *deadlines]) - time.monotonic())
-            for key, _events in self._selector.select(timeout):
-                if key.data is None:
-                    os.read(self._wake_receive, 4096)
-                else:
-                    self._hear(key.data)
+            try:
+                if self._watch():
+                    return
+            except Exception:  # such as no memory for another process: the pool must live on
+                log.exception("the pool stumbled; it goes on")
+                time.sleep(PAUSE_SECONDS)
+
+    def _watch(self) -> bool:
+        """One round: deadlines, tickets that wait, news from workers. Whether all is over."""
+        with self._lock:
+            now = time.monotonic()
+            for worker in self._workers.values():
+                if worker.deadline <= now and worker.ticket is not None and worker.reason is None:
+                    limit = worker.ticket.time_limit or 0
+                    self._kill(worker, errors.TimeLimitError(f"killed after its time limit of {limit:g} s"))
+            short = not self._dispatch() or len(self._workers) < SPARE_WORKERS
+            stopping = self._stopping
+            if now >= self._retires_at:
+                self._retires_at = now + IDLE_SECONDS
+                self._retire(now)
+            deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
+            self._wakes_at = min([self._retires_at, *deadlines])
+            timeout = max(0.0, self._wakes_at - now)
+            finished, self._finished = self._finished, []
+        for ticket, answer, error in finished:
+            self._finish(ticket, answer, error)
+        if stopping and not self._workers:
+            return True
+        if short and not stopping:
+            self._spawn()
+            return False
+        for key, _events in self._selector.select(timeout):
+            if key.data is None:
+                os.read(self._wake_receive, 4096)
+            else:
+                self._hear(key.data)
+        return False
 
     def _spawn(self) -> None:
         ours, theirs = self._context.Pipe()

@@ -124,5 +124,5 @@ class Shell:
 
 
 def _default_signals() -> None:
-    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
+    for number in (signal.SIGPIPE, signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ log = logging.getLogger("s4.worker")
 def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", scratch: str) -> None:
     """Serve `connection` until it closes. `lifeline` closes when the node ends; `scratch` is a folder."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # comes when a lease of Shell.seal is broken
     for name in os.listdir("/proc/self/fd"):
         _keep_from_commands(int(name))
     processes.become_subreaper()

@@ -1,0 +1,211 @@
+"""The command line: every argument as typed, help, exit codes, one line for an error, quiet ends."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, tree, write_tree
+
+COMMANDS = {
+    "cp": ["SRC", "DST", "recursive"],
+    "ls": ["PREFIX", "recursive"],
+    "rm": ["PREFIX", "recursive"],
+    "eval": ["KEY", "CMD"],
+    "map": ["INDIR", "OUTDIR", "CMD"],
+    "map-to-n": ["INDIR", "OUTDIR", "CMD"],
+    "map-from-n": ["INDIR", "OUTDIR", "CMD"],
+    "health": [],
+    "servers": [],
+    "config": [],
+}
+# Words that a generated command line is known to turn into something else.
+WORDS = [
+    "1",
+    "00001",
+    "1e3",
+    "0x10",
+    "1_000",
+    "1.0",
+    "True",
+    "None",
+    "{a,b}",
+    "{'a':1}",
+    "[x]",
+    "(1,2)",
+    "a,b",
+    "'q'",
+    '"q"',
+    "a#b",
+    "#",
+    "a=b",
+    "...",
+    "$x",
+    "\\n",
+    "__class__",
+    "é",
+]
+DASHED = ["-n5", "--foo=1", "-r", "--", "---", "--help", "-c", "-1", "--conf=x"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_arrive_as_typed(cluster: Cluster, bucket: str, folder: Path, word: str) -> None:
+    write_tree(folder, {word: b"data"})
+    cluster.s4("cp", word, f"{bucket}/", cwd=folder)
+    assert cluster.keys(bucket) == [f"{bucket}/{word}"]
+    cluster.s4("cp", f"{bucket}/{word}", f"{word}{word}", cwd=folder)
+    assert tree(folder) == {word: b"data", f"{word}{word}": b"data"}
+    assert cluster.s4("ls", f"{bucket.removeprefix('s4://')}/{word}").lines[0].split()[-1] == word
+    cluster.s4("rm", f"{bucket}/{word}")
+
+
+@pytest.mark.parametrize(
+    "word", WORDS + [word for word in DASHED if word not in ("--", "--help", "-c", "--conf=x")]
+)
+def test_commands_arrive_as_typed(cluster: Cluster, bucket: str, word: str) -> None:
+    cluster.put(f"{bucket}/000", b"x")
+    straight = subprocess.run(
+        ["bash", "-eou", "pipefail", "-c", "--", word], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    result = cluster.run("eval", f"{bucket}/000", word)
+    assert (result.code, result.out) == (straight.returncode, straight.stdout)
+    assert cluster.s4("eval", f"{bucket}/000", f"cat <<'EOF'\n{word}\nEOF\n").out.decode() == f"{word}\n"
+
+
+@pytest.mark.parametrize("word", DASHED)
+def test_after_two_dashes_every_word_is_an_argument(
+    cluster: Cluster, bucket: str, folder: Path, word: str
+) -> None:
+    write_tree(folder, {word: b"data"})
+    cluster.s4("cp", "--", word, f"{bucket}/", cwd=folder)
+    assert cluster.keys(bucket) == [f"{bucket}/{word}"]
+    cluster.s4("cp", "-c", str(cluster.conf), "--", f"{bucket}/{word}", f"{word}x", cwd=folder)
+    assert tree(folder) == {word: b"data", f"{word}x": b"data"}
+
+
+def test_a_lone_dash_is_stdin_and_stdout(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder, {"-": b"a file"})
+    cluster.s4("cp", "-", f"{bucket}/000", data=b"typed", cwd=folder)
+    assert cluster.s4("cp", f"{bucket}/000", "-", cwd=folder).out == b"typed"
+    cluster.s4("cp", "./-", f"{bucket}/001", cwd=folder)
+    assert cluster.get(f"{bucket}/001") == b"a file"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-r", "SRC", "DST"], ["SRC", "-r", "DST"], ["SRC", "DST", "-r"], ["SRC", "DST", "--recursive"]],
+)
+def test_a_flag_swallows_no_argument(
+    cluster: Cluster, bucket: str, folder: Path, arguments: list[str]
+) -> None:
+    write_tree(folder, {"True/000": b"x"})
+    words = {"SRC": "True", "DST": f"{bucket}/dst/"}
+    cluster.s4("cp", *(words.get(argument, argument) for argument in arguments), cwd=folder)
+    assert cluster.keys(bucket) == [f"{bucket}/dst/000"]
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS.items())
+def test_help_works_on_every_command(cluster: Cluster, command: str, words: list[str]) -> None:
+    for arguments in ([command, "--help"], ["--help", command]):
+        result = cluster.s4(*arguments, env={"S4_CONF_PATH": "/nowhere"})
+        text = result.out.decode()
+        assert command in text and all(word in text for word in words), text
+        assert "STDOUT" not in text and "\0" not in text and result.err == ""
+
+
+def test_help_without_a_command_lists_them(cluster: Cluster) -> None:
+    text = cluster.s4("--help").out.decode()
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["map_to_n", "s4://b/in/", "s4://b/out/", "cat"],
+        ["__class__"],
+        ["_conf"],
+        ["__init__"],
+        ["caller"],
+        ["cp"],
+        ["cp", "a"],
+        ["cp", "a", "s4://b/k", "c"],
+        ["cp", "-x", "a", "s4://b/k"],
+        ["cp", "--recursiv", "a", "s4://b/k"],
+        ["cp", "--recursive=maybe", "a", "s4://b/k"],
+        ["ls", "a", "b"],
+        ["ls", "--foo"],
+        ["ls", "-rf", "s4://b"],
+        ["ls", "-c"],
+        ["ls", "s4://b", "-", "upper"],
+        ["rm"],
+        ["rm", "s4://b/1", "s4://b/2"],
+        ["eval", "s4://b/k"],
+        ["eval", "s4://b/k", "cat", "more"],
+        ["eval", "-r", "s4://b/k", "cat"],
+        ["map", "s4://b/in/", "s4://b/out/"],
+        ["map", "s4://b/in/", "s4://b/out/", "cat", "more"],
+        ["health", "now"],
+        ["health", "-r"],
+        ["servers", "upper"],
+        ["servers", "-", "upper"],
+    ],
+    ids=" ".join,
+)
+def test_misuse_is_exit_2_and_changes_nothing(cluster: Cluster, folder: Path, arguments: list[str]) -> None:
+    write_tree(folder, {"a": b"x"})
+    with cluster.nothing_changes():
+        result = cluster.run(*arguments, cwd=folder)
+    assert (result.code, result.out) == (2, b"")
+    if arguments:
+        assert result.fatal
+    else:
+        assert "cp" in result.err  # the usage
+
+
+def test_errors_have_a_traceback_only_when_asked_for(cluster: Cluster) -> None:
+    arguments = ["cp", "s4://no-such-bucket/000", "-"]
+    assert cluster.fails(*arguments, code=1).startswith("fatal: ")
+    assert cluster.fails(*arguments, code=1, env={"S4_DEBUG": "0"})
+    debugged = cluster.run(*arguments, env={"S4_DEBUG": "1"})
+    assert debugged.code == 1 and "Traceback" in debugged.err
+
+
+def test_odd_characters_in_an_error_do_not_break_its_line(cluster: Cluster, folder: Path) -> None:
+    for word in ("a\nb", "a\rb", "a\x1b[31mb", b"a\xffb", "%s %d {}"):
+        line = cluster.fails("cp", word, "s4://b/k", cwd=folder, code=1)
+        assert "\r" not in line and "\x1b" not in line
+
+
+def test_success_says_nothing(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder, {"000": b"x"})
+    for arguments in (
+        ["cp", "000", f"{bucket}/in/000"],
+        ["cp", "-r", ".", f"{bucket}/in/more/"],
+        ["cp", "-r", f"{bucket}/in/", "back/"],
+        ["map", f"{bucket}/in/", f"{bucket}/out/", "cat"],
+        ["map-to-n", f"{bucket}/in/", f"{bucket}/to/", "true"],
+        ["rm", f"{bucket}/in/000"],
+        ["rm", "-r", f"{bucket}/in/"],
+        ["rm", "-r", f"{bucket}/in/"],
+    ):
+        result = cluster.s4(*arguments, cwd=folder)
+        assert (result.out, result.err) == (b"", ""), arguments
+
+
+def test_health_is_a_line_a_server(cluster: Cluster) -> None:
+    result = cluster.s4("health")
+    assert result.lines == [f"healthy:   {node}" for node in cluster.nodes]
+    assert result.err == ""
+
+
+def test_a_closed_stdout_ends_quietly(cluster: Cluster) -> None:
+    for command in ("s4 servers", "s4 health", "s4 --help", "s4 cp --help", "s4 ls"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} > >(exec true)"], env=cluster.env, capture_output=True, timeout=30
+        )
+        assert done.stderr == b""
+        closed = subprocess.run(
+            ["bash", "-c", f"{command} >&-"], env=cluster.env, capture_output=True, timeout=30
+        )
+        assert b"Traceback" not in closed.stderr, closed.stderr

@@ -1,0 +1,795 @@
+"""What may go wrong while a cluster works: overload, deaths of every process, bad peers, bad disks.
+
+Each test has nodes of its own; at its end the fixture checks that files and index agree and nothing runs on.
+"""
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import procs
+import pytest
+from cluster import HOST, Answer, Cluster, Node, free_port, read_to_end, tree, write_tree
+from procs import eventually
+from reference import checksum_of
+
+from s4.config import read_conf
+
+CLEANED_UP = 13  # seconds: what nobody confirms is dropped 10 s after its last byte
+Start = Callable[..., Cluster]
+
+
+def _alone(start_cluster: Start, *options: str, check: bool = True) -> tuple[Cluster, Node]:
+    cluster = start_cluster(1, options, check=check)
+    return cluster, cluster.nodes[0]
+
+
+def _sleeping(seconds: str) -> list[procs.Process]:
+    return procs.running(f"sleep\0{seconds}\0")
+
+
+class Flow:
+    """A put of which bytes arrive now and then, so that it keeps its slot."""
+
+    def __init__(self, node: Node, key: str, block: bytes = b"x", pause: float = 0.5) -> None:
+        self._node, self._block, self._pause = node, block, pause
+        self._ended = threading.Event()
+        self._uuid, port = node.prepare_put(key)
+        self._connection = node.dial(port)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._connection, contextlib.suppress(OSError):
+            while not self._ended.wait(self._pause):
+                self._connection.sendall(self._block)
+
+    def end(self) -> None:
+        """Stop sending; a confirm with a wrong checksum makes the node forget it at once."""
+        self._ended.set()
+        self._thread.join()
+        assert self._node.post("/confirm_put", uuid=self._uuid, checksum="0").status >= 400
+
+
+def _request(node: Node, method: str, target: str, body: bytes = b"") -> socket.socket:
+    """A request whose answer is not waited for."""
+    connection = node.dial(node.port)
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def _answered(connections: list[socket.socket]) -> list[bytes]:
+    """The beginnings of the answers that have come so far."""
+    return [connection.recv(4096, socket.MSG_PEEK) for connection in select.select(connections, [], [], 0)[0]]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def test_control_answers_within_a_second_whatever_else_goes_on(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster, "-max-io-jobs", "2", "-max-cpu-jobs", "2")
+    write_tree(cluster.work / "src", {f"{i:03}": b"x" for i in range(400)} | {"large": bytes(30 << 20)})
+    cluster.s4("cp", "-r", "src", "s4://b/d/")
+    with contextlib.ExitStack() as stack:
+        endless = Flow(node, "s4://b/endless", bytes(1 << 20), 0)
+        stack.callback(endless.end)
+        stack.callback(Flow(node, "s4://b/slow").end)
+        for _ in range(2):
+            _uuid, port = node.prepare_get("s4://b/d/large")
+            stack.enter_context(node.dial(port)).recv(1)
+        for number in ("600.01", "600.02"):
+            body = f"sleep {number}".encode()
+            stack.enter_context(_request(node, "POST", "/eval?key=s4://b/d/000", body))
+            eventually(lambda number=number: _sleeping(number), 10)  # type: ignore[misc]
+        waiting = []
+        for i in range(34):
+            for method, target, body in (
+                ("POST", f"/prepare_put?key=s4://b/new/{i}", b""),
+                ("POST", "/prepare_get?key=s4://b/d/large", b""),
+                ("POST", "/eval?key=s4://b/d/001", b"cat"),
+            ):
+                waiting.append(stack.enter_context(_request(node, method, target, body)))
+        eventually(
+            lambda: len(_answered(waiting)) >= len(waiting) - 40, 5, "those beyond the cap are refused"
+        )
+        for _ in range(5):
+            assert _seconds(lambda: node.get("/health")) < 1
+            assert _seconds(lambda: node.listing("s4://b/d/", recursive=False)) < 1
+            assert _seconds(lambda: node.get("/list_buckets")) < 1
+        assert _seconds(lambda: cluster.s4("health")) < 2  # with the start of the command
+        assert len(cluster.s4("ls", "s4://b/d/").lines) == 401
+        refused = _answered(waiting)
+        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in refused), refused
+        assert all(re.search(rb"\r\nRetry-After: [1-9]\d*\r\n", answer, re.I) for answer in refused), refused[
+            0
+        ]
+        eventually(lambda: len(_answered(waiting)) == len(waiting), 12, "the others wait for a bounded time")
+    eventually(lambda: not _sleeping("600.01") + _sleeping("600.02"), 10, "evals end with their callers")
+
+
+def test_a_client_asks_a_busy_node_again_until_it_is_served(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster, "-max-io-jobs", "1")
+    with contextlib.ExitStack() as stack:
+        stack.callback(Flow(node, "s4://b/slow").end)
+        for i in range(40):
+            stack.enter_context(_request(node, "POST", f"/prepare_put?key=s4://b/waits/{i}"))
+        process = cluster.start_s4("cp", "-", "s4://b/patient", stdin=subprocess.PIPE)
+        assert process.stdin is not None
+        process.stdin.write(b"data")
+        process.stdin.close()
+        eventually(lambda: len(re.findall(r"b%2Fpatient 429", node.log)) >= 2, 15, "it was refused twice")
+        hasty = cluster.fails("cp", "/dev/null", "s4://b/hasty", code=1, timeout=8, env={"S4_TIMEOUT": "1.5"})
+        assert "busy" in hasty or "waiting" in hasty or "slot" in hasty or "in time" in hasty
+    assert process.wait(30) == 0
+    assert node.fetch("s4://b/patient") == b"data"
+    assert "s4://b/hasty" not in cluster.keys("s4://b")
+
+
+def test_dead_transfers_free_their_slots_within_six_seconds(start_cluster: Start) -> None:
+    cluster = start_cluster(3, ["-max-io-jobs", "1"])
+    dead, silent, unread = cluster.nodes
+    cluster.put("s4://b/002", bytes(30 << 20))
+    never_sent, _port = dead.prepare_put("s4://b/000")
+    begun, begun_port = silent.prepare_put("s4://b/001")
+    _uuid, get_port = unread.prepare_get("s4://b/002")
+    with silent.dial(begun_port) as put, unread.dial(get_port) as get, ThreadPoolExecutor(3) as threads:
+        put.sendall(b"some")
+        get.recv(1)
+        works: list[Callable[[], object]] = [
+            lambda: cluster.put("s4://b/003", b"x"),
+            lambda: cluster.put("s4://b/004", b"x"),
+            lambda: unread.prepare_get("s4://b/002"),
+        ]
+        assert max(threads.map(_seconds, works)) < 6
+        assert 400 <= dead.confirm_put(never_sent, b"").status < 500
+        assert 400 <= silent.confirm_put(begun, b"some").status < 500
+    assert cluster.keys("s4://b") == ["s4://b/002", "s4://b/003", "s4://b/004"]
+
+
+def _whole_again(node: Node, before: set[int]) -> None:
+    eventually(lambda: len({worker.pid for worker in node.workers()} - before) >= 2, 3, "new workers")
+    assert node.put("s4://after/000", b"x").status == 200
+    assert node.fetch("s4://after/000") == b"x"
+    assert node.post("/eval", key="s4://after/000", body=b"cat").body == b"x"
+
+
+def test_the_death_of_idle_workers_is_not_noticed(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    workers = eventually(lambda: len(found := node.workers()) >= 2 and found, 10)
+    assert isinstance(workers, list)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    _whole_again(node, {worker.pid for worker in workers})
+
+
+def test_the_death_of_the_helpers_of_the_pool_is_survived(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    eventually(lambda: len(node.workers()) >= 2, 10)
+    below = [process.pid for process in procs.descendants(node.pid)]
+    for pid in below:
+        procs.kill(pid)
+    _whole_again(node, set(below))
+
+
+def test_jobs_and_evals_together_keep_to_the_limit_of_commands(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster, "-max-cpu-jobs", "2")
+    for i in range(12):
+        assert node.put(f"s4://b/in/{i:03}", b"x").status == 200
+    log = cluster.work / "log"
+    line = f"echo + >>{log}; sleep 0.1; echo - >>{log}"
+    processes = [cluster.start_s4("map", "s4://b/in/", f"s4://b/out{i}/", line) for i in range(2)]
+    processes += [cluster.start_s4("eval", "s4://b/in/000", line) for _ in range(4)]
+    for process in processes:
+        _out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+    running, most = 0, 0
+    for mark in log.read_text().split():
+        running += 1 if mark == "+" else -1
+        most = max(most, running)
+    assert (running, most) == (0, 2) and len(log.read_text().split()) == 2 * (12 * 2 + 4)
+
+
+@pytest.mark.parametrize("command", ["eval", "map", "map-to-n", "map-from-n"])
+def test_the_death_of_a_worker_fails_its_one_command_clearly(start_cluster: Start, command: str) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/in/000", b"x").status == 200
+    number = f"600.1{len(command)}"
+    line = f"setsid sleep {number} & sleep {number}"
+    arguments = ["s4://b/in/000"] if command == "eval" else ["s4://b/in/", "s4://b/out/"]
+    process = cluster.start_s4(command, *arguments, line)
+    eventually(lambda: len(_sleeping(number)) == 2, 10, "it runs")
+    worker = node.worker_of(_sleeping(number)[0].pid)
+    os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, out) == (1, b"")
+    assert err.startswith(b"fatal: ") and err.count(b"\n") == 1
+    assert f"worker process {worker} died".encode() in err and b"signal 9" in err
+    assert command == "eval" or b"s4://b/in/000" in err
+    eventually(lambda: not _sleeping(number), 3, "nothing of the command is left")
+    _whole_again(node, {worker})
+
+
+def test_the_death_of_a_worker_costs_no_other_transfer(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    uuids = {}
+    with contextlib.ExitStack() as stack:
+        for name in ("doomed", "other"):
+            uuid, port = node.prepare_put(f"s4://b/{name}")
+            uuids[name] = uuid, stack.enter_context(node.dial(port))
+            uuids[name][1].sendall(b"some")
+
+        def holder() -> int:
+            uuid = uuids["doomed"][0]
+            for worker in node.workers():
+                with contextlib.suppress(OSError):
+                    links = [os.readlink(path) for path in Path(f"/proc/{worker.pid}/fd").iterdir()]
+                    if any(f"/{uuid}" in link for link in links):
+                        return worker.pid
+            return 0
+
+        killed = eventually(holder, 5, "a worker writes it")
+        os.kill(killed, signal.SIGKILL)
+        answer = eventually(
+            lambda: (got := node.confirm_put(uuids["doomed"][0], b"some")).status != 429 and got, 5
+        )
+        assert isinstance(answer, Answer) and answer.status >= 400 and f"{killed} died" in answer.text
+        uuids["other"][1].sendall(b" more")
+    assert node.confirm_put(uuids["other"][0], b"some more").status == 200
+    assert cluster.keys("s4://b") == ["s4://b/other"]
+    _whole_again(node, {killed})
+
+
+def test_the_death_of_a_worker_in_the_middle_of_a_get_fails_the_copy(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000", bytes(60 << 20)).status == 200
+    read, write = os.pipe()
+    process = cluster.start_s4("cp", "s4://b/000", "-", stdout=write)
+    os.close(write)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        pipe.read(1)
+        (killed,) = [worker.pid for worker in node.workers() if procs.holds_open(worker.pid, node.data / "b")]
+        os.kill(killed, signal.SIGKILL)
+        while pipe.read(1 << 20):
+            pass
+    _out, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and err.startswith(b"fatal: ") and err.count(b"\n") == 1
+    _whole_again(node, {killed})
+
+
+@contextlib.contextmanager
+def _killed_and_restarted(node: Node) -> Iterator[None]:
+    """Kill the node; inside the block it is down; then it starts again."""
+    below = {process.pid for process in procs.descendants(node.pid)}
+    node.kill()
+    yield
+    eventually(lambda: not below & {process.pid for process in procs.everyone()}, 5, "its processes are gone")
+    node.start()
+    assert node.rows("select * from transfers") == node.rows("select * from removals") == []
+    node.check()
+
+
+def test_confirmed_keys_survive_the_death_of_the_node_in_the_middle_of_puts(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    confirmed: dict[str, bytes] = {}
+    numbers = iter(range(1_000_000))
+    dying = threading.Event()
+
+    def put_many() -> None:
+        while not dying.is_set():
+            number = next(numbers)
+            key, data = f"s4://b/{number % 10}/{number}", os.urandom(number % 5000)
+            with contextlib.suppress(OSError, AssertionError, subprocess.SubprocessError, Exception):
+                if node.put(key, data).status == 200:
+                    confirmed[key] = data
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            threads.submit(put_many)
+        eventually(lambda: len(confirmed) > 100, 20)
+        with _killed_and_restarted(node):
+            dying.set()
+            threads.shutdown()
+    assert {key: node.fetch(key) for key in confirmed} == confirmed
+    assert len(cluster.keys("s4://b")) - len(confirmed) <= 4  # stored, but the answer was lost
+
+
+def test_the_death_of_the_node_in_the_middle_of_a_recursive_copy(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    files = {f"{i % 9}/{i:04}": os.urandom(5000) for i in range(4000)}
+    write_tree(cluster.work / "src", files)
+    process = cluster.start_s4("cp", "-r", "src", "s4://b/d/")
+    eventually(lambda: node.rows("select 1 from keys limit 1"), 20)
+    with _killed_and_restarted(node):
+        _out, err = process.communicate(timeout=15)
+        assert process.returncode == 1 and b"Traceback" not in err
+        assert err.splitlines()[-1].startswith(b"fatal: ") and str(node).encode() in err
+    stored = {path for (path,) in node.rows("select path from keys")}
+    assert stored and stored <= {f"b/d/{name}" for name in files}
+    cluster.s4("cp", "-r", "s4://b/d/", "back/")
+    assert tree(cluster.work / "back").items() <= files.items()
+
+
+def test_the_death_of_the_node_in_the_middle_of_a_recursive_removal(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    write_tree(cluster.work / "src", {f"{i % 9}/{i:04}": b"" for i in range(5000)})
+    cluster.s4("cp", "-r", "src", "s4://b/d/")
+    process = cluster.start_s4("rm", "-r", "s4://b/d/")
+    eventually(lambda: node.rows("select count(*) from keys") < [(5000,)], 10)
+    with _killed_and_restarted(node):
+        _out, err = process.communicate(timeout=15)
+        assert process.returncode == 0 or err.startswith(b"fatal: ")
+    cluster.s4("rm", "-r", "s4://b/")
+    eventually(lambda: not (node.data / "b").exists(), 5, "no file is left over")
+
+
+def test_the_death_of_the_node_in_the_middle_of_a_map(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster, "-max-cpu-jobs", "2")
+    for i in range(40):
+        assert node.put(f"s4://b/in/{i:03}", str(i).encode()).status == 200
+    line = "setsid sleep 600.31 & if [ $filename = 020 ]; then sleep 600.32; fi; cat; echo"
+    process = cluster.start_s4("map", "s4://b/in/", "s4://b/out/", line)
+    eventually(lambda: _sleeping("600.32") and len(node.rows("select path from keys")) > 55, 20)
+    with _killed_and_restarted(node):
+        _out, err = process.communicate(timeout=15)
+        assert process.returncode == 1 and err.startswith(b"fatal: ") and str(node).encode() in err
+        eventually(lambda: not _sleeping("600.31") + _sleeping("600.32"), 5, "no command survives")
+    outputs = cluster.contents("s4://b/out/")
+    assert len(outputs) > 15 and "020" not in outputs
+    assert outputs == {name: f"{int(name)}\n".encode() for name in outputs}
+    assert node.rows("select state from jobs") == [("interrupted",)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_client_that_dies_in_a_put_or_a_get_leaves_nothing(start_cluster: Start, number: int) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://large/000", bytes(60 << 20)).status == 200
+    write_tree(cluster.work, {"src/000": b""})
+    os.truncate(cluster.work / "src" / "000", 20 << 30)
+    stream = cluster.start_s4("cp", "-", "s4://b/stream", stdin=subprocess.PIPE)
+    file = cluster.start_s4("cp", "/dev/zero", "s4://b/file")
+    batch = cluster.start_s4("cp", "-r", "src", "s4://b/batch/")
+    read, write = os.pipe()
+    get = cluster.start_s4("cp", "s4://large/000", "-", stdout=write)
+    os.close(write)
+    assert stream.stdin is not None
+    with stream.stdin as pipe:
+        pipe.write(b"x" * 500_000)
+        pipe.flush()
+        eventually(lambda: len(node.temporary()) == 3, 15, "bytes arrive")
+        assert os.read(read, 1)
+        for process in (stream, file, batch, get):
+            process.send_signal(number)
+        os.close(read)
+        for process in (stream, file, batch, get):
+            assert process.wait(5) != 0
+    eventually(lambda: not node.temporary() and not node.rows("select * from transfers"), CLEANED_UP)
+    assert cluster.keys("s4://b") == []
+    assert node.put("s4://b/stream", b"x").status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_of_a_client_that_dies_in_an_eval_is_ended(start_cluster: Start, number: int) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000", b"x").status == 200
+    process = cluster.start_s4("eval", "s4://b/000", "sleep 600.41")
+    eventually(lambda: _sleeping("600.41"), 10)
+    process.send_signal(number)
+    assert process.wait(5) != 0
+    eventually(lambda: not _sleeping("600.41"), 5, "its command is ended")
+
+
+def test_a_stop_ends_transfers_and_commands(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/in/000", bytes(30 << 20)).status == 200
+    evaluation = cluster.start_s4("eval", "s4://b/in/000", "trap '' TERM; sleep 600.51 & sleep 600.51")
+    job = cluster.start_s4(
+        "map", "s4://b/in/", "s4://b/out/", "trap '' TERM; setsid sleep 600.52 & sleep 600.52"
+    )
+    put = cluster.start_s4("cp", "/dev/zero", "s4://b/endless")
+    _uuid, port = node.prepare_get("s4://b/in/000")
+    with node.dial(port) as get:
+        get.recv(1)
+        eventually(lambda: len(_sleeping("600.51")) == len(_sleeping("600.52")) == 2, 10)
+        eventually(lambda: node.rows("select * from transfers where direction = 'put'"), 10)
+        below = {process.pid for process in procs.descendants(node.pid)}
+        assert node.terminate(within=5) == 0
+    assert _sleeping("600.51") == _sleeping("600.52") == []
+    eventually(lambda: not below & {process.pid for process in procs.everyone()}, 3, "nothing runs on")
+    for process in (evaluation, job, put):
+        _out, err = process.communicate(timeout=10)
+        assert process.returncode == 1 and err.startswith(b"fatal: ") and err.count(b"\n") == 1, err
+    node.start()
+    assert node.rows("select path from keys") == [("b/in/000",)]
+    node.check()
+
+
+def test_a_checksum_that_does_not_match_stores_nothing(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    for checksum in ("0", "", "nonsense", checksum_of(b"right").upper() + "0", "0" + checksum_of(b"right")):
+        uuid, port = node.prepare_put("s4://b/000")
+        node.send(port, b"right")
+        answer = node.post("/confirm_put", uuid=uuid, checksum=checksum)
+        assert answer.status == 400 and "s4://b/000" in answer.text, answer
+        assert cluster.keys("s4://b") == [] and node.temporary() == []
+    assert node.put("s4://b/000", b"right").status == 200
+    uuid, port = node.prepare_get("s4://b/000")
+    assert node.receive(port) == b"right"
+    assert node.post("/confirm_get", uuid=uuid, checksum=checksum_of(b"wrong")).status == 400
+
+
+def test_a_repeated_confirm_gets_the_same_answer(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    first, second = node.prepare_put("s4://b/000"), node.prepare_put("s4://b/000")
+    for (_uuid, port), data in ((first, b"first"), (second, b"second")):
+        node.send(port, data)
+    assert [node.confirm_put(first[0], b"first").status for _ in range(3)] == [200] * 3
+    assert [node.confirm_put(second[0], b"second").status for _ in range(3)] == [409] * 3
+    assert [node.confirm_put(first[0], b"first").status for _ in range(2)] == [200] * 2
+    assert node.fetch("s4://b/000") == b"first"
+    for uuid in ("", "nonsense", "../../etc/passwd"):
+        assert node.confirm_put(uuid, b"").status in (400, 404)
+        assert node.post("/confirm_get", uuid=uuid, checksum="0").status in (400, 404)
+    assert cluster.keys("s4://b") == ["s4://b/000"]
+
+
+def test_a_key_that_is_removed_during_a_get_arrives_whole(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    data = os.urandom(20 << 20)
+    assert node.put("s4://b/000", data).status == 200
+    uuid, port = node.prepare_get("s4://b/000")
+    with node.dial(port) as connection:
+        head = connection.recv(1000)
+        assert node.post("/delete", prefix="s4://b/000").status == 200
+        assert node.post("/prepare_get", key="s4://b/000").status == 404
+        assert node.put("s4://b/000", b"new").status == 200
+        assert head + read_to_end(connection) == data
+    assert node.post("/confirm_get", uuid=uuid, checksum=checksum_of(data)).status == 200
+    assert node.fetch("s4://b/000") == b"new"
+
+
+def _call_from_its_own_address(node: Node, target: str) -> str:
+    """The answer to a POST by a caller that has the node's address, not 127.0.0.1."""
+    with socket.create_connection((node.host, node.port), 10, (node.host, 0)) as control:
+        control.sendall(f"POST {target} HTTP/1.0\r\nContent-Length: 0\r\n\r\n".encode())
+        answer = read_to_end(control)
+    assert answer.startswith(b"HTTP/1.0 200 "), answer
+    return answer.partition(b"\r\n\r\n")[2].decode()
+
+
+def test_a_node_connects_to_the_port_that_a_get_names(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    data = os.urandom(300_000)
+    assert node.put("s4://b/000", data).status == 200
+    with socket.create_server((node.host, 0)) as listener:
+        listener.settimeout(10)
+        target = f"/prepare_get?key=s4://b/000&port={listener.getsockname()[1]}"
+        answer = _call_from_its_own_address(node, target)
+        connection, _address = listener.accept()
+        with connection:
+            assert read_to_end(connection) == data
+    (uuid,) = answer.split()
+    assert node.post("/confirm_get", uuid=uuid, checksum=checksum_of(data)).status == 200
+    nobody = node.post("/prepare_get", key="s4://b/000", port=free_port())
+    assert nobody.status < 500
+    for port in ("0x50", "-1", "70000", ""):
+        assert node.post("/prepare_get", key="s4://b/000", port=port).status == 400
+
+
+GARBAGE = {
+    "binary": os.urandom(5000),
+    "nothing": b"",
+    "ends of lines": b"\r\n" * 1000,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+    "half a request line": b"GET /hea",
+    "half a head": b"GET /health HTTP/1.1\r\nHost: x\r\n",
+    "half a body": b"POST /eval?key=s4://b/000 HTTP/1.1\r\nContent-Length: 1000\r\n\r\nrm",
+    "a huge line": b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\n\r\n",
+    "a huge header": b"GET /health HTTP/1.1\r\nX: " + b"x" * 1_000_000 + b"\r\n\r\n",
+    "many headers": b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
+    "an endless header": b"GET /health HTTP/1.1\r\nX: " + b"x" * 3_000_000,
+    "no number": b"POST /map HTTP/1.1\r\nContent-Length: many\r\n\r\n",
+    "a negative number": b"POST /map HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    "a huge body": b"POST /map HTTP/1.1\r\nContent-Length: 99999999999999\r\n\r\n{",
+    "bad chunks": b"POST /map HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n",
+    "no JSON": b"POST /map HTTP/1.1\r\nContent-Length: 4\r\n\r\n\xff\x00{[",
+    "deep JSON": b"POST /map HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000,
+    "JSON of another shape": b'POST /prepare_puts HTTP/1.1\r\nContent-Length: 12\r\n\r\n[["s4://b"]]',
+    "bad percents": b"GET /list?prefix=%zz%f&recursive=%ff HTTP/1.1\r\n\r\n",
+    "NUL": b"POST /prepare_put?key=s4://b/%00 HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
+    "an unknown method": b"BREW /health HTTP/1.1\r\n\r\n",
+    "the wrong method": b"GET /prepare_put?key=s4://b/1 HTTP/1.1\r\n\r\n",
+    "an unknown path": b"GET /../../etc/passwd HTTP/1.1\r\n\r\n",
+}
+
+
+def test_garbage_at_the_http_port_harms_nobody(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000", b"x").status == 200
+    odd = {}
+    with cluster.nothing_changes():
+        for name, garbage in GARBAGE.items():
+            answer = b""
+            with contextlib.suppress(ConnectionError), node.dial(node.port) as connection:
+                connection.settimeout(10)
+                connection.sendall(garbage)
+                connection.shutdown(socket.SHUT_WR)
+                answer = read_to_end(connection)
+            status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
+            if answer and (status is None or not (400 <= int(status[1]) < 500 or int(status[1]) == 501)):
+                odd[name] = answer[:300]
+            assert node.get("/health", timeout=5).status == 200, name
+    assert set(odd) <= {"bad percents"}, odd
+    assert "Traceback" not in node.log
+
+
+def test_half_requests_that_stay_open_keep_nobody_out(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    with contextlib.ExitStack() as stack:
+        for i in range(150):
+            connection = stack.enter_context(node.dial(node.port))
+            connection.sendall(list(GARBAGE.values())[4 + i % 3])
+        assert _seconds(lambda: node.get("/health")) < 1
+        assert node.put("s4://b/001", b"x").status == 200
+
+
+def test_garbage_at_a_transfer_port_is_never_a_key(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    uuid, port = node.prepare_put("s4://b/000")
+    node.send(port, b"GET / HTTP/1.1\r\n\r\n" + os.urandom(1000))
+    assert node.confirm_put(uuid, b"data").status == 400
+
+    body = b'[["s4://b/one", 10], ["s4://b/two", 10]]'
+    for data in (b"", b"short", b"x" * 19):
+        prepared = node.post("/prepare_puts", body=body).json()
+        with contextlib.suppress(ConnectionError):
+            node.send(prepared["port"], data)
+        confirmed = node.post("/confirm_puts", uuid=prepared["uuid"], body=b'["0", "0"]')
+        assert 400 <= confirmed.status < 500, (data, confirmed)
+
+    assert node.put("s4://b/get", b"data").status == 200
+    uuid, port = node.prepare_get("s4://b/get")
+    with contextlib.suppress(ConnectionError):
+        node.send(port, os.urandom(100_000))
+    assert node.post("/confirm_get", uuid=uuid, checksum="0").status == 400
+    assert node.fetch("s4://b/get") == b"data"
+    assert cluster.keys("s4://b") == ["s4://b/get"]
+
+
+def test_only_the_one_who_prepared_a_transfer_can_use_its_port(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    answer = _call_from_its_own_address(node, "/prepare_put?key=s4://b/000")
+    uuid, port = answer.split()
+    with socket.create_connection((node.host, int(port)), 10, ("127.0.0.1", 0)) as stranger:
+        stranger.sendall(b"from a stranger")
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(1) == b""
+    with socket.create_connection((node.host, int(port)), 10, (node.host, 0)) as ours:
+        ours.sendall(b"ours")
+    assert node.confirm_put(uuid, b"ours").status == 200
+    assert node.fetch("s4://b/000") == b"ours"
+
+
+COMMANDS = {
+    "put": ["cp", "-", "s4://b/000"],
+    "get": ["cp", "s4://b/000", "-"],
+    "recursive put": ["cp", "-r", "src", "s4://b/d/"],
+    "recursive get": ["cp", "-r", "s4://b/d/", "out/"],
+    "ls": ["ls", "-r", "s4://b/"],
+    "buckets": ["ls"],
+    "rm": ["rm", "s4://b/000"],
+    "rm -r": ["rm", "-r", "s4://b/"],
+    "eval": ["eval", "s4://b/000", "cat"],
+    "map": ["map", "s4://b/d/", "s4://b/out/", "cat"],
+    "map-to-n": ["map-to-n", "s4://b/d/", "s4://b/out/", "cat"],
+    "map-from-n": ["map-from-n", "s4://b/d/", "s4://b/out/", "cat"],
+}
+
+
+def _all_fail(cluster: Cluster, server: str, env: dict[str, str], only: list[str] | None = None) -> None:
+    """Every command ends with one clear line that names the server."""
+    write_tree(cluster.work, {"src/000": b"x"})
+    starting = {
+        name: cluster.start_s4(*COMMANDS[name], env=env, stdin=subprocess.DEVNULL)
+        for name in only or COMMANDS
+    }
+    for name, process in starting.items():
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 1, (name, out, err)
+        lines = err.decode().splitlines()
+        assert lines[-1].startswith("fatal: ") and len(lines) <= 2 and server in err.decode(), (name, err)
+        assert out == b"" or name == "buckets", (name, out)
+    assert tree(cluster.work) == {"src/000": b"x"}
+
+
+def test_a_server_that_is_down_is_named(start_cluster: Start) -> None:
+    cluster = start_cluster(2)
+    assert cluster.nodes[1].put("s4://b/d/001", b"x").status == 200
+    cluster.nodes[0].terminate()
+    with cluster.nothing_changes():
+        _all_fail(cluster, str(cluster.nodes[0]), {}, [name for name in COMMANDS if name != "rm -r"])
+
+
+class Impostor:
+    """Something that listens on a port and answers whatever it is asked in one way."""
+
+    def __init__(self, answer: Callable[[socket.socket], None], folder: Path) -> None:
+        self._answer = answer
+        self._listener = socket.create_server((HOST, free_port()))
+        self.server = f"{HOST}:{self._listener.getsockname()[1]}"
+        self.conf = folder / "impostor.conf"
+        self.conf.write_text(self.server + "\n")
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __enter__(self) -> "Impostor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(20)
+            self._answer(connection)
+
+
+def _bytes(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"\x00\xffno HTTP at all\r\n\r\n" * 10)
+
+
+def _page(connection: socket.socket) -> None:
+    while connection.recv(65536):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>hi</html>")
+
+
+def _closed(connection: socket.socket) -> None:
+    connection.recv(65536)
+
+
+def _silence(connection: socket.socket) -> None:
+    while connection.recv(65536):
+        pass
+
+
+@pytest.mark.parametrize("answer", [_bytes, _page, _closed, _silence])
+def test_a_server_that_answers_nonsense_is_named(
+    start_cluster: Start, folder: Path, answer: Callable[[socket.socket], None]
+) -> None:
+    cluster = start_cluster(1, start=False)
+    with Impostor(answer, folder) as impostor:
+        env = {"S4_CONF_PATH": str(impostor.conf), "S4_TIMEOUT": "2"}
+        wanted = ["put", "get", "ls", "rm", "rm -r", "recursive put"]
+        if answer is not _silence:  # a command may take as long as it is allowed to
+            wanted += ["eval", "map", "map-from-n"]
+        _all_fail(cluster, impostor.server, env, wanted)
+        result = cluster.run("health", env=env, timeout=5)
+    assert (result.code, result.lines) == (1, [f"unhealthy: {impostor.server}"])
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>hi</html>", b"", b"[[1, 2], 3\n", b'{"uuid": 7}', b"uuid 99999999", b"\xff\xfe"]
+)
+def test_a_server_that_speaks_like_a_node_but_nonsense_is_named(
+    start_cluster: Start, folder: Path, body: bytes
+) -> None:
+    cluster = start_cluster(1, start=False)
+    marks: list[str] = []
+
+    def answer(connection: socket.socket) -> None:
+        while connection.recv(65536):
+            head = f"HTTP/1.1 200 OK\r\nS4-Conf: {marks[0]}\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+
+    with Impostor(answer, folder) as impostor:
+        marks.append(read_conf(str(impostor.conf)).fingerprint)
+        env = {"S4_CONF_PATH": str(impostor.conf), "S4_TIMEOUT": "2"}
+        where = impostor.server.partition(":")[0]
+        _all_fail(cluster, where, env, ["put", "get", "ls", "recursive put"])
+
+
+def test_a_server_of_another_cluster_is_reported_and_gets_nothing(start_cluster: Start, folder: Path) -> None:
+    one, other = start_cluster(1), start_cluster(1)
+    (folder / "conf").write_text(f"{one.nodes[0]}\n{other.nodes[0]}\n")
+    env = {"S4_CONF_PATH": str(folder / "conf")}
+    result = one.run("health", env=env)
+    assert result.code == 1
+    assert result.lines == [f"unhealthy: {cluster.nodes[0]}" for cluster in (one, other)]
+    assert "conf" in result.err
+    with one.nothing_changes(), other.nothing_changes():
+        _all_fail(one, str(one.nodes[0]).partition(":")[0], env)
+
+
+def test_symbolic_links_in_the_data_folder_lead_nowhere(start_cluster: Start, folder: Path) -> None:
+    cluster, node = _alone(start_cluster, check=False)
+    write_tree(folder, {"secret": b"secret", "below/001": b"secret"})
+    for key in ("s4://b/in/000", "s4://b/in/002"):
+        assert node.put(key, b"x").status == 200
+    node.path_of("s4://b/in/000").unlink()
+    node.path_of("s4://b/in/000").symlink_to(folder / "secret")
+    node.path_of("s4://b/link").symlink_to(folder / "below")
+    node.path_of("s4://linked").symlink_to(folder)
+    before = tree(folder)
+
+    for key in ("s4://b/link/new", "s4://b/link/001", "s4://linked/new", "s4://linked/below/new"):
+        assert node.put(key, b"x").status == 409, key
+        cluster.fails("cp", "-", key, data=b"x", code=1, says=key)
+    for key in ("s4://b/in/000", "s4://b/link/001", "s4://linked/secret"):
+        assert node.post("/prepare_get", key=key).status >= 400
+        assert node.post("/eval", key=key, body=b"cat").status >= 400
+        assert "secret" not in cluster.run("cp", key, "-").out.decode()
+    result = cluster.run("map", "s4://b/in/", "s4://b/out/", "cat")
+    assert result.code == 1 and "s4://b/in/000" in result.fatal
+    cluster.s4("map", "s4://b/in/*2", "s4://b/link2/", "cat")
+    cluster.s4("rm", "-r", "s4://b/")
+    cluster.s4("rm", "-r", "s4://linked/")
+    assert tree(folder) == before
+    assert not node.path_of("s4://b/in/000").is_symlink()
+
+
+def test_a_full_disk_of_the_client_is_one_clear_line(start_cluster: Start, folder: Path) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/d/000", os.urandom(3 << 20)).status == 200
+    line = cluster.fails("cp", "s4://b/d/000", "/dev/full", code=1, says="/dev/full")
+    assert "No space left" in line
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "s4-test", str(folder)], capture_output=True
+    )
+    if mounted.returncode != 0:
+        return  # only root can have a small disk; the limit of file sizes in test_cp is nearly the same
+    try:
+        for arguments in (["s4://b/d/000", "out"], ["s4://b/d/000", "dir/"], ["-r", "s4://b/d/", "dir/"]):
+            assert "No space left" in cluster.fails("cp", *arguments, code=1, cwd=folder)
+            assert tree(folder) == {}
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_of_the_node_is_one_clear_line_and_it_goes_on(start_cluster: Start, folder: Path) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(files_up_to=4 << 20)
+    (folder / "large").write_bytes(bytes(6 << 20))
+    with cluster.nothing_changes():
+        for arguments in (["large", "s4://b/000"], ["-r", ".", "s4://b/d/"]):
+            assert "too large" in cluster.fails("cp", *arguments, code=1, cwd=folder)
+        assert "too large" in cluster.fails("cp", "-", "s4://b/000", code=1, data=bytes(6 << 20))
+    assert node.put("s4://b/in/000", b"x").status == 200
+    line = "head -c 6000000 /dev/zero"
+    assert "s4://b/in/000" in cluster.fails("map", "s4://b/in/", "s4://b/out/", line, code=1)
+    assert cluster.keys("s4://b") == ["s4://b/in/000"]
+
+
+def test_an_idle_node_takes_less_than_150_megabytes(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    write_tree(cluster.work / "src", {f"{i:03}": b"x" for i in range(100)})
+    cluster.s4("cp", "-r", "src", "s4://b/in/")
+    cluster.s4("map", "s4://b/in/", "s4://b/out/", "cat")
+
+    def megabytes() -> float:
+        pids = [node.pid, *(process.pid for process in procs.descendants(node.pid))]
+        return sum(procs.proportional_megabytes(pid) for pid in pids)
+
+    eventually(lambda: megabytes() < 150, 20, "workers that are not needed go")

@@ -1,0 +1,336 @@
+"""The HTTP interface as another client uses it: each request, each status, and raw sockets for the bytes."""
+
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+from cluster import Answer, Cluster, Node, read_to_end
+from procs import eventually
+from reference import checksum_of
+
+
+@pytest.fixture
+def node(cluster: Cluster) -> Node:
+    """The node that owns NAMEs such as 000 and 003_x."""
+    return cluster.nodes[0]
+
+
+def test_health_is_the_word_healthy(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        answer = node.get("/health")
+        assert (answer.status, answer.text.strip()) == (200, "healthy")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/no/such/thing", 404),
+        ("POST", "/health", 405),
+        ("GET", "/prepare_put", 405),
+        ("GET", "/delete", 405),
+        ("DELETE", "/list", 405),
+        ("POST", "/prepare_put", 400),
+        ("POST", "/prepare_get", 400),
+        ("POST", "/confirm_put", 400),
+        ("POST", "/confirm_get", 400),
+        ("POST", "/delete", 400),
+        ("POST", "/eval", 400),
+        ("POST", "/map", 400),
+        ("POST", "/map_to_n", 400),
+        ("POST", "/map_from_n", 400),
+    ],
+)
+def test_what_is_no_request_is_refused(node: Node, method: str, path: str, status: int) -> None:
+    answer = node.request(method, path, {})
+    assert answer.status == status
+    assert "Traceback" not in answer.text
+
+
+def test_a_put_is_prepared_sent_raw_and_confirmed(node: Node, bucket: str) -> None:
+    prepared = node.post("/prepare_put", key=f"{bucket}/dir/000")
+    assert prepared.status == 200
+    uuid, port = prepared.text.split(" ")
+    with socket.create_connection((node.host, int(port)), timeout=10) as connection:
+        connection.sendall(b"hello")
+        connection.shutdown(socket.SHUT_WR)  # closes its side only
+        assert node.post("/confirm_put", uuid=uuid, checksum=checksum_of(b"hello")).status == 200
+    assert node.fetch(f"{bucket}/dir/000") == b"hello"
+
+
+def test_an_existing_key_is_409_and_a_missing_one_404(node: Node, bucket: str) -> None:
+    assert node.post("/prepare_get", key=f"{bucket}/000").status == 404
+    assert node.post("/prepare_get", key=f"{bucket}/000", port=1).status == 404
+    assert node.put(f"{bucket}/000").status == 200
+    assert node.post("/prepare_put", key=f"{bucket}/000").status == 409
+
+
+def test_a_get_to_the_callers_port_connects_and_sends(node: Node, bucket: str) -> None:
+    data = bytes(range(256)) * 5000
+    node.put(f"{bucket}/000", data)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        answer = node.post("/prepare_get", key=f"{bucket}/000", port=server.getsockname()[1])
+        assert answer.status == 200 and len(answer.text.split()) == 1
+        connection, _peer = server.accept()
+        with connection:
+            assert read_to_end(connection) == data
+    assert node.post("/confirm_get", uuid=answer.text, checksum=checksum_of(data)).status == 200
+
+
+def test_a_get_from_the_nodes_port_sends_and_wants_the_stored_checksum(node: Node, bucket: str) -> None:
+    node.put(f"{bucket}/000", b"data")
+    uuid, port = node.prepare_get(f"{bucket}/000")
+    assert node.receive(port) == b"data"
+    wrong = node.post("/confirm_get", uuid=uuid, checksum=checksum_of(b"other"))
+    assert 400 <= wrong.status < 500
+    assert node.fetch(f"{bucket}/000") == b"data"
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "http", "", "1e3", "22 "])
+def test_a_port_that_is_none_is_refused(node: Node, bucket: str, port: str) -> None:
+    node.put(f"{bucket}/000")
+    assert node.post("/prepare_get", key=f"{bucket}/000", port=port).status == 400
+
+
+@pytest.mark.parametrize("path", ["/confirm_put", "/confirm_get"])
+@pytest.mark.parametrize("uuid", ["", "nonsense", "../../etc/passwd", "00000000-0000-0000-0000-000000000000"])
+def test_an_unknown_uuid_is_refused(node: Node, path: str, uuid: str) -> None:
+    assert 400 <= node.post(path, uuid=uuid, checksum="0").status < 500
+
+
+def test_a_transfer_is_confirmed_by_its_own_kind_only(node: Node, bucket: str) -> None:
+    put, port = node.prepare_put(f"{bucket}/000")
+    node.send(port, b"data")
+    assert 400 <= node.post("/confirm_get", uuid=put, checksum=checksum_of(b"data")).status < 500
+    assert node.confirm_put(put, b"data").status == 200
+    get, port = node.prepare_get(f"{bucket}/000")
+    assert node.receive(port) == b"data"
+    assert 400 <= node.post("/confirm_put", uuid=get, checksum=checksum_of(b"data")).status < 500
+
+
+def test_parameters_are_percent_encoded_as_usual(node: Node, bucket: str) -> None:
+    key = f"{bucket}/000_+&=%25?#é"
+    assert node.put(key, b"x").status == 200
+    encoded = f"/prepare_get?key={bucket}/000_%2B%26%3D%2525%3F%23%C3%A9"
+    assert node.request("POST", encoded, {}).status == 200
+    assert node.request("POST", f"/prepare_put?key={bucket}/000+x", {}).status == 400  # a plus is a space
+
+
+@pytest.mark.parametrize("value", ["true", "false", None])
+def test_recursive_is_true_or_not(node: Node, bucket: str, value: str | None) -> None:
+    node.put(f"{bucket}/dir/000")
+    options = {} if value is None else {"recursive": value}
+    (row,) = node.request("GET", "/list", {"prefix": f"{bucket}/", **options}).json()
+    assert row[3] == ("dir/000" if value == "true" else "dir/")
+    answer = node.request("POST", "/delete", {"prefix": f"{bucket}/dir/", **options})
+    assert answer.status == (200 if value == "true" else 400)
+
+
+def test_removing_nothing_is_404_for_a_key_and_200_for_a_prefix(node: Node, bucket: str) -> None:
+    assert node.post("/delete", prefix=f"{bucket}/000").status == 404
+    assert node.post("/delete", prefix=f"{bucket}/000", recursive="true").status == 200
+
+
+def test_listings_are_json_arrays_of_strings(cluster: Cluster, node: Node, bucket: str) -> None:
+    node.put(f"{bucket}/dir/000_'\"\\é", b"xyz")
+    (row,) = node.get("/list", prefix=f"{bucket}/dir/").json()
+    assert row[2:] == ["3", "000_'\"\\é"]
+    (bucket_row,) = [
+        row for row in node.get("/list_buckets").json() if row[3] == bucket.removeprefix("s4://")
+    ]
+    assert bucket_row[2] == "3" and len(bucket_row) == 4
+    for other in cluster.nodes[1:]:
+        assert other.get("/list", prefix=f"{bucket}/dir/").json() == []
+
+
+def test_the_three_jobs_run_this_nodes_share_and_answer_when_done(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{part}/{i:03}_x": f"{i}\n".encode() for part in "ab" for i in range(3)})
+    node = cluster.nodes[1]
+    for outdir in ("outdir", "outidr"):
+        body = {"cmd": "cat", "indir": f"{bucket}/in/", outdir: f"{bucket}/{outdir}/"}
+        assert node.post_json("/map", body).status == 200
+        assert cluster.contents(f"{bucket}/{outdir}/") == {"a/001_x": b"1\n", "b/001_x": b"1\n"}
+    body = {"cmd": "cat > 0; cp 0 1; cp 0 2; ls", "indir": f"{bucket}/in/b/", "outdir": f"{bucket}/to/"}
+    assert node.post_json("/map_to_n", body).status == 200
+    assert cluster.contents(f"{bucket}/to/") == {f"001_x/{i}": b"1\n" for i in range(3)}
+    body = {"cmd": "xargs cat", "indir": f"{bucket}/in/", "outdir": f"{bucket}/from/"}
+    assert node.post_json("/map_from_n", body).status == 200
+    assert cluster.contents(f"{bucket}/from/") == {"001_x": b"1\n1\n"}
+
+
+def test_a_node_without_inputs_has_nothing_to_do(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    body = {"cmd": "exit 1", "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/"}
+    assert cluster.nodes[1].post_json("/map", body).status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"{}",
+        b'{"cmd": "cat", "indir": "s4://b/in/"}',
+        b'{"indir": "s4://b/in/", "outdir": "s4://b/out/"}',
+        b'{"cmd": 1, "indir": "s4://b/in/", "outdir": "s4://b/out/"}',
+        b'{"cmd": "", "indir": "s4://b/in/", "outdir": "s4://b/out/"}',
+        b'{"cmd": "a\\u0000b", "indir": "s4://b/in/", "outdir": "s4://b/out/"}',
+        b'{"cmd": "cat", "indir": null, "outdir": "s4://b/out/"}',
+        b'{"cmd": "cat", "indir": "s4://b/in", "outdir": "s4://b/out/"}',
+        b'{"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out"}',
+        b'{"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/in/out/"}',
+        b"\xff\xfe",
+        b"[" * 10_000,
+    ],
+)
+@pytest.mark.parametrize("path", ["/map", "/map_to_n", "/map_from_n"])
+def test_a_job_with_a_bad_body_is_refused(node: Node, path: str, body: bytes) -> None:
+    answer = node.post(path, body=body)
+    assert answer.status == 400, answer
+
+
+@pytest.mark.parametrize("path", ["/map", "/map_to_n", "/map_from_n"])
+def test_a_failing_job_says_what_failed(cluster: Cluster, bucket: str, path: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    body = {"cmd": "echo why >&2; exit 6", "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/"}
+    answer = cluster.nodes[0].post_json(path, body)
+    assert 400 <= answer.status < 500
+    for part in (f"{bucket}/in/000", str(cluster.nodes[0]), "6", "why"):
+        assert part in answer.text
+
+
+def test_a_transfer_under_way_is_a_row(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    (node,) = cluster.nodes
+    _uuid, port = node.prepare_put("s4://b/000")
+    with node.dial(port) as connection:
+        connection.sendall(b"x")
+        ((direction, keys, paths),) = node.rows("select direction, keys, paths from transfers")
+        assert (direction, keys) == ("put", 1) and "b/000" in paths
+    eventually(lambda: node.rows("select * from transfers") == [], 15, "the dead transfer is forgotten")
+
+
+@pytest.fixture
+def narrow(start_cluster: Callable[..., Cluster]) -> Node:
+    """A node with one slot for sends and one for receives."""
+    node: Node = start_cluster(1, ["-max-io-jobs", "1"]).nodes[0]
+    return node
+
+
+def _within_six_seconds(request: Callable[[], Answer]) -> None:
+    began = time.monotonic()
+    answer = request()
+    assert answer.status == 200, answer
+    assert time.monotonic() - began < 6
+
+
+def test_a_prepared_put_that_nobody_sends_to_lets_the_next_through(narrow: Node) -> None:
+    narrow.prepare_put("s4://b/silent")
+    _within_six_seconds(lambda: narrow.put("s4://b/next", b"x"))
+    assert narrow.fetch("s4://b/next") == b"x"
+
+
+def test_a_put_that_stalls_lets_the_next_through_and_stores_nothing(narrow: Node) -> None:
+    uuid, port = narrow.prepare_put("s4://b/stalls")
+    with narrow.dial(port) as connection:
+        connection.sendall(b"beginning")
+        _within_six_seconds(lambda: narrow.put("s4://b/next", b"x"))
+    assert 400 <= narrow.confirm_put(uuid, b"beginning").status < 600
+    assert [row[3] for row in narrow.listing("s4://b")] == ["next"]
+
+
+@pytest.mark.parametrize("how", ["never connects", "never reads", "cannot be reached", "does not accept"])
+def test_a_get_that_stalls_lets_the_next_through(narrow: Node, how: str) -> None:
+    narrow.put("s4://b/000", bytes(50 << 20))
+    narrow.put("s4://b/001", b"x")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if how == "does not accept":
+            silent.listen(0)
+        if how in ("cannot be reached", "does not accept"):
+            assert narrow.post("/prepare_get", key="s4://b/000", port=silent.getsockname()[1]).status == 200
+        else:
+            _uuid, port = narrow.prepare_get("s4://b/000")
+            if how == "never reads":
+                silent.close()
+                silent = narrow.dial(port)
+                silent.recv(1)
+        _within_six_seconds(lambda: narrow.post("/prepare_get", key="s4://b/001"))
+        silent.close()
+
+
+def test_slow_transfers_are_not_dropped_and_beyond_the_slots_it_is_429(narrow: Node) -> None:
+    uuid, port = narrow.prepare_put("s4://b/slow")
+    with narrow.dial(port) as connection:
+        connection.settimeout(0.2)
+        sent = b""
+
+        def drip() -> None:
+            nonlocal sent
+            connection.sendall(b"x")
+            sent += b"x"
+
+        # Another prepare waits for the slot; nobody frees it, so it must end in 429.
+        waiting = socket.create_connection((narrow.host, narrow.port), timeout=60)
+        waiting.sendall(
+            b"POST /prepare_put?key=s4://b/next HTTP/1.1\r\nHost: s4\r\nConnection: close\r\n\r\n"
+        )
+        waiting.settimeout(0.5)
+        head = b""
+        began = time.monotonic()
+        while not head and time.monotonic() < began + 60:
+            drip()
+            try:
+                head = waiting.recv(10_000)
+            except TimeoutError:
+                continue
+        waiting.close()
+        assert head.startswith(b"HTTP/1.1 429")
+        assert b"retry-after:" in head.lower()
+        assert time.monotonic() - began > 1  # it did wait
+    assert narrow.confirm_put(uuid, sent).status == 200
+    assert narrow.put("s4://b/next").status == 200
+
+
+def test_sends_and_receives_have_slots_of_their_own(narrow: Node) -> None:
+    narrow.put("s4://b/000", b"x")
+    _uuid, _port = narrow.prepare_put("s4://b/001")
+    began = time.monotonic()
+    assert narrow.fetch("s4://b/000") == b"x"
+    assert time.monotonic() - began < 2
+
+
+def test_a_put_that_is_never_confirmed_is_cleaned_up(narrow: Node) -> None:
+    uuid, port = narrow.prepare_put("s4://b/000")
+    narrow.send(port, b"data")
+    eventually(narrow.temporary, 5, "bytes arrived")
+    eventually(lambda: not narrow.temporary(), 15, "bytes are gone")
+    assert 400 <= narrow.confirm_put(uuid, b"data").status < 500
+    assert narrow.listing("s4://b") == []
+
+
+def test_a_connection_that_breaks_off_stores_nothing(node: Node, bucket: str) -> None:
+    uuid, port = node.prepare_put(f"{bucket}/000")
+    connection = node.dial(port)
+    connection.sendall(b"data")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close sends a reset
+    connection.close()
+    answer = node.confirm_put(uuid, b"data and more")
+    assert 400 <= answer.status < 600
+    assert node.listing(bucket) == []
+
+
+def test_a_confirmation_may_come_before_the_last_byte(node: Node, bucket: str) -> None:
+    uuid, port = node.prepare_put(f"{bucket}/000")
+    confirm = socket.create_connection((node.host, node.port), timeout=30)
+    with node.dial(port) as connection:
+        connection.sendall(b"first ")
+        request = f"POST /confirm_put?uuid={uuid}&checksum={checksum_of(b'first second')} HTTP/1.0\r\n\r\n"
+        confirm.sendall(request.encode())
+        connection.sendall(b"second")
+    with confirm:
+        assert read_to_end(confirm).split(b" ", 2)[1] == b"200"
+    assert node.fetch(f"{bucket}/000") == b"first second"

@@ -1,0 +1,348 @@
+"""The index on a real SQLite file: migrations, prefix ranges, what queries cost, and the sums of buckets."""
+
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s4.errors import ConflictError, MissingError, S4Error
+from s4.index import Database, JobRow, KeyIndex, KeyRow, Records
+from s4.index import keys as index_keys
+
+OPEN = "import sys; from s4.index import Database; Database(sys.argv[1]).close()"
+
+
+@pytest.fixture
+def database(folder: Path) -> Iterator[Database]:
+    opened = Database(str(folder / "_index" / "node.db"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """One for many examples, each of which starts by emptying it."""
+    opened = Database(str(tmp_path_factory.mktemp("index") / "node.db"))
+    yield opened
+    opened.close()
+
+
+def _fill(database: Database, paths: set[str] | list[str], size: int = 1) -> KeyIndex:
+    with database.write() as db:
+        db.execute("DELETE FROM keys")
+    index = KeyIndex(database)
+    index.restore([KeyRow(path, size, "0", 0) for path in paths])
+    return index
+
+
+def _listed(index: KeyIndex, prefix: str) -> list[str]:
+    return [row.path for chunk in index.list_keys(prefix) for row in chunk]
+
+
+def _folder(index: KeyIndex, prefix: str) -> list[tuple[str, bool]]:
+    return [(row.path, row.size is None) for chunk in index.list_folder(prefix) for row in chunk]
+
+
+def _applied(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as db:
+        return [name for (name,) in db.execute("select name from _sqlite_migrations order by name")]
+
+
+def test_migrations_that_are_applied_again_change_nothing(folder: Path) -> None:
+    path = folder / "node.db"
+    schemas = []
+    for _ in range(2):
+        database = Database(str(path))
+        schemas.append(database.read().execute("select sql from sqlite_master order by name").fetchall())
+        _fill(database, {"b/000"})
+        database.close()
+    assert schemas[0] == schemas[1]
+    assert len(_applied(path)) == len(set(_applied(path))) >= 3
+
+
+def test_processes_that_migrate_at_once_do_not_disturb_each_other(folder: Path) -> None:
+    path = folder / "node.db"
+    starting = [
+        subprocess.Popen([sys.executable, "-c", OPEN, str(path)], stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    ended = [(process.communicate(timeout=30)[1], process.returncode) for process in starting]
+    assert ended == [(b"", 0)] * 4
+    assert len(_applied(path)) == len(set(_applied(path))) >= 3
+
+
+def test_a_file_that_is_no_database_is_reported_and_left_alone(folder: Path) -> None:
+    path = folder / "node.db"
+    path.write_bytes(b"this is no database\n" * 1000)
+    with pytest.raises(S4Error, match=r"node\.db"):
+        Database(str(path))
+    assert path.read_bytes() == b"this is no database\n" * 1000
+
+
+def test_the_schema_says_what_its_columns_mean(database: Database) -> None:
+    found = database.read().execute("select name, sql from sqlite_master where type in ('table', 'view')")
+    schema = {name: sql for name, sql in found if not name.startswith(("_", "sqlite_"))}
+    assert set(schema) == {"keys", "buckets", "transfers", "removals", "jobs", "recent_keys", "recent_jobs"}
+    assert "-- bytes" in schema["keys"] and "xxh64" in schema["keys"]
+    assert "-- what failed" in schema["jobs"]
+
+
+def test_views_show_keys_and_jobs_to_people(database: Database) -> None:
+    _fill(database, {"b/000"}, size=7)
+    records = Records(database)
+    records.job_began(JobRow("id", "map", "s4://b/", "s4://c/", "cat \udcff"))
+    records.job_ended("id", "failed", 2, 1, "what failed")
+    read = database.read()
+    assert read.execute("select created, size, key from recent_keys").fetchall() == [
+        ("1970-01-01 00:00:00", 7, "s4://b/000")
+    ]
+    assert read.execute("select kind, state, progress, error from recent_jobs").fetchall() == [
+        ("map", "failed", "1/2", "what failed")
+    ]
+
+
+# Characters around those that matter: '/', its neighbours, those before the surrogates, and the last one.
+_CHARACTERS = st.sampled_from("!ab.-0zé\ud7ff\ue000\uffff\U00010000\U0010ffff")
+_SEGMENTS = st.text(_CHARACTERS, min_size=1, max_size=3)
+_BUCKETS = st.text(st.sampled_from("ab-\ud7ff\U0010ffff"), min_size=1, max_size=2)
+_PATHS = st.builds(
+    lambda bucket, rest: "/".join([bucket, *rest]), _BUCKETS, st.lists(_SEGMENTS, min_size=1, max_size=3)
+)
+
+
+def _possible(paths: set[str]) -> set[str]:
+    """Without those that need a folder where there is a key."""
+    return {path for path in paths if not any(other.startswith(path + "/") for other in paths)}
+
+
+def _beginning(path: str, cut: int) -> str:
+    return path[: cut % (len(path) + 1)]
+
+
+_PREFIXES = st.one_of(st.just(""), _PATHS, st.builds(_beginning, _PATHS, st.integers(0, 20)))
+
+
+def _starts(paths: set[str], prefix: str) -> list[str]:
+    """The law: the bucket part of a prefix is whole."""
+    whole = prefix + "/" if prefix and "/" not in prefix else prefix
+    return sorted(path for path in paths if path.startswith(whole))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(_PATHS, max_size=30), st.data(), st.integers(1, 4))
+def test_a_prefix_finds_what_starts_with_it_in_order(
+    kept: Database, paths: set[str], data: st.DataObject, chunk: int
+) -> None:
+    paths = _possible(paths)
+    index = _fill(kept, paths)
+    own = st.builds(_beginning, st.sampled_from(sorted(paths)), st.integers(0, 20)) if paths else _PREFIXES
+    prefix = data.draw(st.one_of(own, _PREFIXES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_keys, "CHUNK", chunk)
+        assert _listed(index, prefix) == _starts(paths, prefix)
+        if "/" in prefix:
+            folder = prefix[: prefix.rfind("/") + 1]
+            expected = set()
+            for path in _starts(paths, prefix):
+                head, slash, _below = path[len(folder) :].partition("/")
+                expected.add((folder + head + slash, bool(slash)))
+            assert _folder(index, prefix) == sorted(expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sets(_PATHS, max_size=20), st.data())
+def test_removing_a_prefix_removes_exactly_what_starts_with_it(
+    kept: Database, paths: set[str], data: st.DataObject
+) -> None:
+    paths = _possible(paths)
+    index = _fill(kept, paths)
+    own = st.builds(_beginning, st.sampled_from(sorted(paths)), st.integers(1, 20)) if paths else _PATHS
+    prefix = data.draw(own)
+    unlinked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_keys, "REMOVE_CHUNK", 3)
+        count = index.remove_prefix(prefix, unlinked.append)
+    gone = _starts(paths, prefix)
+    assert (count, sorted(unlinked)) == (len(gone), gone)
+    assert _listed(index, "") == sorted(paths - set(gone))
+    assert kept.read().execute("select count(*) from removals").fetchone() == (0,)
+
+
+_CHANGES = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "restore", "forget"]), _PATHS, st.integers(0, 2**40)),
+    max_size=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_CHANGES)
+def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[tuple[str, str, int]]) -> None:
+    index = _fill(kept, set())
+    for what, path, size in changes:
+        match what:
+            case "add":
+                index.add([(path, size, "0")], lambda _i: None, lambda _path: None)
+            case "remove":
+                try:
+                    index.remove(path, lambda _path: None)
+                except MissingError:
+                    pass
+            case "restore":
+                index.restore([KeyRow(path, size, "0", 0)])
+            case "forget":
+                index.forget([path])
+    keys, sizes = Counter[str](), Counter[str]()
+    for path, size in kept.read().execute("select path, size from keys"):
+        keys[path.partition("/")[0]] += 1
+        sizes[path.partition("/")[0]] += size
+    found = kept.read().execute("select bucket, keys, bytes from buckets").fetchall()
+    assert {bucket: (count, total) for bucket, count, total in found} == {
+        bucket: (keys[bucket], sizes[bucket]) for bucket in keys
+    }
+    assert [row.path for row in index.list_buckets()] == sorted(keys)
+
+
+def test_of_one_key_only_the_first_is_added(database: Database) -> None:
+    index = KeyIndex(database)
+    placed: list[int] = []
+    rows = [("b/x", 1, "a"), ("b/x", 2, "b"), ("b/x/y", 3, "c"), ("b", 4, "d"), ("b/z", 5, "e")]
+    outcome = index.add(rows, placed.append, lambda _path: None)
+    assert [type(error) for error in outcome[:3]] == [type(None), ConflictError, ConflictError]
+    assert index.get("b/x").size == 1 and index.get("b/z").size == 5
+    assert 1 not in placed and 2 not in placed
+
+
+def test_a_key_whose_bytes_cannot_be_placed_is_not_there(database: Database) -> None:
+    index = KeyIndex(database)
+
+    def place(i: int) -> None:
+        if i == 1:
+            raise S4Error("no")
+
+    outcome = index.add([(f"b/{i}", 1, "a") for i in range(3)], place, lambda _path: None)
+    assert [str(error) for error in outcome] == ["None", "no", "None"]
+    assert _listed(index, "") == ["b/0", "b/2"]
+
+
+def test_an_unexpected_failure_in_the_middle_adds_nothing(database: Database) -> None:
+    index = KeyIndex(database)
+
+    def place(_i: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.add([("b/0", 1, "a")], place, lambda _path: None)
+    assert _listed(index, "") == []
+    index.add([("b/0", 1, "a")], lambda _i: None, lambda _path: None)
+    assert _listed(index, "") == ["b/0"]
+
+
+def _plans(db: sqlite3.Connection, statements: list[str]) -> list[str]:
+    """How SQLite runs each statement that touches keys, a line a step."""
+    return [
+        row[3]
+        for sql in statements
+        if sql.split()[0] in ("SELECT", "WITH", "DELETE", "INSERT", "UPDATE")
+        for row in db.execute("EXPLAIN QUERY PLAN " + sql)
+        if "keys" in row[3]
+    ]
+
+
+def test_reading_always_searches_by_the_primary_key(database: Database) -> None:
+    index = _fill(database, [f"b/{i}/{j}" for i in range(30) for j in range(30)])
+    read, statements = database.read(), list[str]()
+    read.set_trace_callback(statements.append)
+    index.get("b/1/1")
+    index.exists("b/1/1")
+    index.conflict("b/x/y/z")
+    for prefix in ("", "b", "b/", "b/1", "b/\U0010ffff"):
+        assert _listed(index, prefix) is not None
+        if "/" in prefix:
+            assert _folder(index, prefix) is not None
+    read.set_trace_callback(None)
+    plans = _plans(read, statements)
+    assert len(plans) > 10
+    assert all(plan.startswith("SEARCH keys USING PRIMARY KEY (path") for plan in plans), set(plans)
+
+
+def test_writing_always_searches_by_the_primary_key(database: Database) -> None:
+    index = _fill(database, [f"b/{i}/{j}" for i in range(30) for j in range(30)])
+    statements = list[str]()
+    with database.write() as db:
+        db.set_trace_callback(statements.append)
+    index.add([("b/new/x", 1, "0")], lambda _i: None, lambda _path: None)
+    index.remove("b/new/x", lambda _path: None)
+    index.remove_prefix("b/2", lambda _path: None)
+    index.forget(["b/1/1"])
+    with database.write() as db:
+        db.set_trace_callback(None)
+    plans = _plans(database.read(), [sql for sql in statements if not sql.startswith("--")])
+    assert len(plans) > 5
+    assert all(plan.startswith("SEARCH keys USING PRIMARY KEY (path") for plan in plans), set(plans)
+
+
+def _steps(database: Database, index: KeyIndex, prefix: str) -> int:
+    """Instructions of SQLite's machine for one folder listing."""
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    read = database.read()
+    read.set_progress_handler(count, 1)
+    assert len(_folder(index, prefix)) == 50
+    read.set_progress_handler(None, 1)
+    return steps
+
+
+def test_a_folder_listing_costs_what_it_shows_and_not_what_lies_below(database: Database) -> None:
+    few = _steps(database, _fill(database, [f"b/{i:02}/0" for i in range(50)]), "b/")
+    many = _steps(database, _fill(database, [f"b/{i:02}/{j}" for i in range(50) for j in range(400)]), "b/")
+    beside = [f"b/{i:02}/{j}" for i in range(50) for j in range(10)] + [f"b0/{j}" for j in range(5000)]
+    assert many < few * 1.1
+    assert _steps(database, _fill(database, beside), "b/") < few * 1.1
+
+
+def test_listings_hold_no_transaction_between_chunks(database: Database) -> None:
+    index = _fill(database, [f"b/{i:05}" for i in range(5000)])
+    chunks = index.list_keys("b/")
+    next(chunks)
+    assert not database.read().in_transaction
+    index.remove("b/04999", lambda _path: None)
+    assert [row.path for chunk in chunks for row in chunk][-1] == "b/04998"
+
+
+def test_what_a_crash_left_is_named_and_then_forgotten(database: Database) -> None:
+    records = Records(database)
+    records.transfer_began("u1", "put", ["b/é", 'b/"quoted"'], None, "::1")
+    records.transfer_began("u2", "get", ["b/other"], 5, "::1")
+    records.transfer_began("u3", "put", ["b/confirmed"], 5, "::1")
+    records.transfer_ended("u3")
+    assert records.job_began(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    assert not records.job_began(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    paths, prefixes = records.left_by_crash()
+    assert (sorted(paths), prefixes) == (['b/"quoted"', "b/é"], ["b/out/"])
+    records.forget_crash()
+    assert records.left_by_crash() == ([], [])
+    assert database.read().execute("select state from jobs").fetchall() == [("interrupted",)]
+
+
+def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database: Database) -> None:
+    with database.write() as db:
+        old = [(f"old{i}", "done", float(i)) for i in range(1500)]
+        db.executemany(
+            "insert into jobs (id, kind, indir, outdir, command, state, started_s)"
+            " values (?, 'map', '', '', '', ?, ?)",
+            [*old, ("hangs", "running", -1.0)],
+        )
+    Records(database).prune_jobs()
+    left = {job for (job,) in database.read().execute("select id from jobs")}
+    assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}

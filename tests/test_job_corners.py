@@ -1,0 +1,107 @@
+"""What the brief names and test_eval, test_map and test_map_to_n do not hold: ready to be moved there."""
+
+import json
+
+import pytest
+from cluster import Cluster
+
+SHELL_NAMES = [
+    "$HOME",
+    "a;b",
+    "`id`",
+    "$(id)",
+    "it's",
+    'q"q',
+    "x*?[y]",
+    "a&b|c",
+    "<>",
+    "\\n",
+    "%s",
+    "!x",
+    "~",
+    "-n",
+]
+JOBS = ["map", "map_to_n", "map_from_n"]
+
+
+@pytest.mark.parametrize("name", SHELL_NAMES)
+def test_shell_characters_in_a_key_are_harmless(cluster: Cluster, bucket: str, name: str) -> None:
+    key = f"{bucket}/in/{name}"
+    cluster.put(key, b"data\n")
+    assert cluster.s4("eval", key, 'printf "%s\\n" "$filename"; cat').out.decode() == f"{name}\ndata\n"
+    cluster.s4("map", f"{bucket}/in/", f"{bucket}/out/", 'printf "%s" "$filename"')
+    assert cluster.contents(f"{bucket}/out/") == {name: name.encode()}
+    cluster.s4(
+        "map-to-n", f"{bucket}/in/", f"{bucket}/n/", 'cat > "./$filename"; printf "%s\\n" "./$filename"'
+    )
+    assert cluster.contents(f"{bucket}/n/") == {f"{name}/{name}": b"data\n"}
+    cluster.s4("map-from-n", f"{bucket}/in/", f"{bucket}/from/", 'while IFS= read -r p; do cat "$p"; done')
+    assert list(cluster.contents(f"{bucket}/from/").values()) == [b"data\n"]
+
+
+@pytest.mark.parametrize("command", ["", " \n", "echo a\0b"])
+def test_an_empty_command_or_one_with_nul_is_400(cluster: Cluster, bucket: str, command: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    with cluster.nothing_changes():
+        node = cluster.owner("000")
+        assert node.post("/eval", key=f"{bucket}/in/000", body=command.encode()).status == 400
+        for job in JOBS:
+            body = {"cmd": command, "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/"}
+            assert node.post_json(f"/{job}", body).status == 400
+
+
+def test_raw_eval_answers_stdout_then_stderr_whatever_the_exit_code(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000", b"\0\xff")
+    command = b"cat; printf problem >&2; exit 7"
+    answer = cluster.nodes[0].post("/eval", key=f"{bucket}/000", raw="true", body=command)
+    assert (answer.status, answer.body) == (400, b"\0\xffproblem")
+    answer = cluster.nodes[0].post("/eval", key=f"{bucket}/000", raw="true", body=b"cat; echo e >&2")
+    assert (answer.status, answer.body) == (200, b"\0\xffe\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "echo x > 0; echo 0; echo 0",
+        "mkdir a; echo x > a/0; echo y > 0; echo 0; echo a/0",
+        "echo x > 0; ln -s 0 1; ls",
+    ],
+)
+def test_two_printed_paths_of_one_name_or_file_fail_the_job(
+    cluster: Cluster, bucket: str, command: str
+) -> None:
+    cluster.put(f"{bucket}/in/000")
+    line = cluster.fails("map-to-n", f"{bucket}/in/", f"{bucket}/out/", command, code=1)
+    assert f"{bucket}/in/000" in line and str(cluster.nodes[0]) in line
+    assert cluster.keys(f"{bucket}/out/") == []
+
+
+def test_commands_of_jobs_arrive_as_typed(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    quotes = b"echo \"it's\" '\"' \\\\\nprintf '\xff\xfe' # " + b"x" * 60_000
+    cluster.s4("map", f"{bucket}/in/".encode(), f"{bucket}/out/".encode(), quotes)
+    assert cluster.contents(f"{bucket}/out/") == {"000": b"it's \" \\\n\xff\xfe"}
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("folders", [("in", "out/"), ("in/", "out"), ("in/", "in/x/")])
+def test_a_node_refuses_folders_by_itself(
+    cluster: Cluster, bucket: str, job: str, folders: tuple[str, str]
+) -> None:
+    cluster.put(f"{bucket}/in/000")
+    indir, outdir = folders
+    with cluster.nothing_changes():
+        for name in ("outdir", "outidr"):
+            body = {"cmd": "cat", "indir": f"{bucket}/{indir}", name: f"{bucket}/{outdir}"}
+            answer = cluster.nodes[0].post(f"/{job}", body=json.dumps(body).encode())
+            assert answer.status == 400, answer
+
+
+def test_nothing_temporary_is_left_after_successes_and_failures(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{i:03}": b"x" for i in range(6)})
+    for command in ("mkdir d; echo x > d/f; ls -d d > l", "echo x > f; exit 3", "no-such-command"):
+        cluster.run("eval", f"{bucket}/in/000", command)
+        for i, job in enumerate(("map", "map-to-n", "map-from-n")):
+            cluster.run(job, f"{bucket}/in/", f"{bucket}/out{i}/", command)
+    for node in cluster.nodes:
+        node.check()

@@ -1,0 +1,206 @@
+"""The layers of s4: who may import whom, and that every command is documented."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import S4
+
+TOP = Path(__file__).parent.parent
+PACKAGE = TOP / "s4"
+CLIENT_SIDE = ["s4.client", "s4.cli", "s4.copying", "s4.listing", "s4.exchange", "s4.http"]
+NODE_ONLY = {"falcon", "waitress", "sh", "sqlite3", "sqlite_utils"}
+COMMANDS = re.findall(
+    r"[a-z-]+",
+    subprocess.run([S4, "--help"], capture_output=True, text=True)
+    .stdout.split("commands:")[1]
+    .splitlines()[0],
+)
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(TOP).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All below a node, apart from what only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield child
+        yield from _statements(child)
+
+
+def _imports(module: str) -> set[str]:
+    """The modules that one imports, also inside functions: those of s4 in full, of others the first name."""
+    found: set[str] = set()
+    for node in _statements(ast.parse(MODULES[module].read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module}: imports are absolute"
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodules = [name for name in below if name in MODULES]
+            names = submodules if len(submodules) == len(below) else [node.module, *submodules]
+        found |= {name if name.split(".")[0] == "s4" else name.split(".")[0] for name in names}
+    return found
+
+
+IMPORTS = {module: _imports(module) for module in MODULES}
+
+
+def _reached(module: str) -> set[str]:
+    """All that a module imports, directly or through others of s4."""
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        new = IMPORTS.get(pending.pop(), set()) - found
+        found |= new
+        pending += new
+    return found
+
+
+def _own(module: str) -> set[str]:
+    return {name for name in IMPORTS[module] if name in MODULES}
+
+
+def _package(name: str) -> list[str]:
+    return [module for module in MODULES if module == name or module.startswith(name + ".")]
+
+
+def test_every_import_of_the_package_exists() -> None:
+    missing = {(module, name) for module in MODULES for name in IMPORTS[module] if name.startswith("s4.")}
+    assert {(module, name) for module, name in missing if name not in MODULES} == set()
+
+
+def test_there_are_no_cycles() -> None:
+    assert [module for module in MODULES if module in _reached(module)] == []
+
+
+def test_the_bottom_layer_imports_nothing_of_the_package() -> None:
+    assert IMPORTS["s4.errors"] == set()
+
+
+@pytest.mark.parametrize(("module", "may"), [("s4.keys", "s4.config"), ("s4.config", "s4.keys")])
+def test_keys_and_conf_stand_on_the_errors_alone(module: str, may: str) -> None:
+    assert _own(module) <= {"s4.errors", may}
+
+
+@pytest.mark.parametrize("module", [*_package("s4.index"), "s4.storage"])
+def test_index_and_storage_know_neither_http_nor_workers(module: str) -> None:
+    reached = _reached(module)
+    assert not reached & {
+        "falcon",
+        "waitress",
+        "http",
+        "s4.api",
+        "s4.http",
+        "s4.server",
+        "s4.node",
+        "s4.jobs",
+    }
+    assert not reached & set(_package("s4.workers"))
+
+
+@pytest.mark.parametrize("module", _package("s4.workers"))
+def test_workers_never_touch_the_index(module: str) -> None:
+    reached = _reached(module)
+    assert not reached & {"sqlite3", "sqlite_utils", "falcon", "waitress", *_package("s4.index")}
+    assert not reached & {"s4.node", "s4.jobs", "s4.api", "s4.server", "s4.transfers", "s4.client"}
+
+
+def test_only_the_surface_knows_http_servers() -> None:
+    assert {module for module in MODULES if "falcon" in IMPORTS[module]} == {"s4.api"}
+    assert {module for module in MODULES if "waitress" in IMPORTS[module]} == {"s4.server"}
+    assert not {"falcon", "waitress"} & _reached("s4.node")
+
+
+def test_http_resources_hold_no_sql_and_no_processes() -> None:
+    assert not IMPORTS["s4.api"] & {
+        "sqlite3",
+        "sqlite_utils",
+        "subprocess",
+        "multiprocessing",
+        "sh",
+        "s4.storage",
+    }
+
+
+def test_only_one_place_knows_sqlite_and_one_knows_sh() -> None:
+    assert {module for module in MODULES if "sqlite3" in IMPORTS[module]} <= set(_package("s4.index"))
+    assert {module for module in MODULES if "sh" in IMPORTS[module]} == {"s4.workers.shell"}
+
+
+@pytest.mark.parametrize("module", CLIENT_SIDE)
+def test_the_client_needs_nothing_of_a_node(module: str) -> None:
+    reached = _reached(module)
+    assert not reached & NODE_ONLY
+    assert not reached & {"s4.node", "s4.api", "s4.server", "s4.jobs", "s4.storage", "s4.transfers"}
+    assert not reached & {*_package("s4.index"), *_package("s4.workers")}
+
+
+def test_nobody_imports_the_command_lines() -> None:
+    importers = {module: IMPORTS[module] & {"s4.cli", "s4.server"} for module in MODULES}
+    assert {module for module, found in importers.items() if found} == set()
+
+
+def test_a_running_client_has_loaded_nothing_of_a_node(folder: Path) -> None:
+    (folder / "conf").write_text("here:1\n")
+    command = [sys.executable, "-X", "importtime", "-m", "s4.cli", "servers", "-c", str(folder / "conf")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "here:1\n"
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "s4.client" in loaded
+    assert not loaded & (NODE_ONLY | {"asyncio", "ssl", "tqdm", "multiprocessing"})
+    assert not loaded & {"s4.node", "s4.api", "s4.server", "s4.index", "s4.workers", "s4.jobs", "s4.storage"}
+
+
+def test_the_public_face_is_declared() -> None:
+    import s4
+
+    assert "Client" in s4.__all__ and "S4Error" in s4.__all__
+    assert all(getattr(s4, name).__doc__ for name in s4.__all__ if not name.startswith("__"))
+
+
+def test_the_commands_are_those_of_the_specification() -> None:
+    assert sorted(COMMANDS) == sorted(
+        ["cp", "ls", "rm", "eval", "map", "map-to-n", "map-from-n", "health", "servers", "config"]
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    for arguments in ([command, "--help"], [command, "-h"]):
+        done = subprocess.run([S4, *arguments], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"s4 {command}" in done.stdout and len(done.stdout.splitlines()) > 4, done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_table_of_the_readme(command: str) -> None:
+    rows = [line for line in (TOP / "README.md").read_text().splitlines() if line.startswith("| `")]
+    first_columns = [row.split("|")[1] for row in rows]
+    assert [column for column in first_columns if re.search(rf"`{command}(?![-\w])", column)]
+
+
+@pytest.mark.parametrize("option", ["port", "conf", "data", "max-io-jobs", "max-cpu-jobs"])
+def test_every_option_of_the_server_is_in_the_readme(option: str) -> None:
+    assert re.search(rf"^\| `--{option}\b", (TOP / "README.md").read_text(), re.MULTILINE)
+
+
+def test_every_error_says_what_it_means() -> None:
+    tree = ast.parse(MODULES["s4.errors"].read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert len(classes) > 10
+    assert [node.name for node in classes if not ast.get_docstring(node)] == []
+    bases = {node.name: ast.unparse(node.bases[0]) for node in classes}
+    assert {name for name, base in bases.items() if base not in bases} == {"S4Error"}

@@ -1,0 +1,175 @@
+"""Nodes that die, hang or are overrun while jobs and copies over several nodes go on."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Answer, Cluster, Node, write_tree
+from procs import descendants, eventually, kill, running, touching
+from reference import checksum_of
+
+JOBS = ["map", "map-to-n", "map-from-n"]
+
+
+def _all_slots_work(node: Node) -> None:
+    """As many commands as a node of these tests allows run at once, and bytes come and go."""
+    evals = [node.cluster.start_s4("eval", "s4://b/000", "sleep 0.2; cat") for _ in range(3)]
+    assert [process.communicate(timeout=20)[0] for process in evals] == [b"data"] * 3
+    key = f"s4://b/{random.getrandbits(64):x}"
+    assert node.put(key, b"x").status == 200 and node.fetch(key) == b"x"
+
+
+def test_the_helpers_of_a_node_are_replaced_when_they_are_killed(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    (node,) = start_cluster(1, ["-max-cpu-jobs", "3"]).nodes
+    node.put("s4://b/000", b"data")
+    _all_slots_work(node)
+    for child in [process for process in descendants(node.pid) if process.parent == node.pid]:
+        kill(child.pid)  # the fork server among them
+    _all_slots_work(node)
+    for worker in node.workers():
+        kill(worker.pid)
+    _all_slots_work(node)
+
+
+def test_a_killed_node_takes_all_its_commands_along(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    (node,) = cluster.nodes
+    cluster.put_all({f"s4://b/{i:03}": b"x" for i in range(40)})
+    busy = [
+        cluster.start_s4("map", "s4://b/", "s4://out/", "sleep 7401 & setsid sleep 7401"),
+        cluster.start_s4("eval", "s4://b/000", "nohup sleep 7401"),
+    ]
+    eventually(lambda: len(running("sleep\x007401")) > 4, 10, "commands run")
+    node.kill()
+    eventually(lambda: not running("sleep\x007401"), 5, "no command survives")
+    for process in busy:
+        _out, err = process.communicate(timeout=30)
+        assert process.returncode == 1 and err.startswith(b"fatal: ") and str(node).encode() in err, err
+    eventually(lambda: not touching(cluster.root), 5, "nothing survives")
+    node.start()
+    assert node.listing("s4://out") == []
+    assert node.rows("select count(*) from jobs where state = 'running'") == [(0,)]
+
+
+def test_a_node_killed_again_and_again_never_shows_a_part(
+    start_cluster: Callable[..., Cluster], folder: Path
+) -> None:
+    cluster = start_cluster(1)
+    (node,) = cluster.nodes
+    files = {f"{i:04}": os.urandom(3000) for i in range(1500)}
+    write_tree(folder, files)
+    moments = random.Random(7)
+    for attempt in range(4):
+        busy = [
+            cluster.start_s4("cp", "-r", ".", f"s4://b/{attempt}/", cwd=folder),
+            cluster.start_s4("rm", "-r", f"s4://b/{attempt - 1}/1"),
+        ]
+        eventually(lambda attempt=attempt: node.listing(f"s4://b/{attempt}/"), 20, "some keys")  # type: ignore[misc]
+        time.sleep(moments.random() / 5)  # whatever moment this is, what follows must hold
+        node.kill()
+        for process in busy:
+            process.communicate(timeout=60)
+        node.start()
+        node.check()
+        rows = node.rows("select path, checksum from keys")
+        for path, checksum in rows:
+            assert checksum == checksum_of(files[path.rpartition("/")[2]])
+        for path, _checksum in moments.sample(rows, min(20, len(rows))):
+            assert node.fetch(f"s4://{path}") == files[path.rpartition("/")[2]]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_with_a_server_down_names_it_and_leaves_nothing_running(
+    start_cluster: Callable[..., Cluster], job: str
+) -> None:
+    cluster = start_cluster(3)
+    cluster.put_all({f"s4://b/in/{i:03}": b"x" for i in range(6)})
+    cluster.nodes[2].kill()
+    cluster.fails(job, "s4://b/in/", "s4://b/out/", "sleep 7701", says=str(cluster.nodes[2]), code=1)
+    eventually(lambda: not running("sleep\x007701"), 5, "the others stop")
+
+
+def test_a_shuffle_whose_target_dies_fails_and_names_it(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    cluster.put("s4://b/in/000", b"x")
+    job = cluster.start_s4(
+        *("map-to-n", "s4://b/in/", "s4://b/out/", "sleep 7711 || true; echo x > 001; echo 001"),
+        env={"S4_TIMEOUT": "5"},
+    )
+    (sleep,) = eventually(lambda: running("sleep\x007711"), 10)
+    cluster.nodes[1].kill()
+    kill(sleep.pid)
+    _out, err = job.communicate(timeout=60)
+    assert job.returncode == 1 and str(cluster.nodes[1]).encode() in err, err
+    eventually(lambda: cluster.nodes[0].rows("select state from jobs") == [("failed",)], 5)
+
+
+def test_a_server_that_hangs_does_not_hang_the_client(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    cluster.put_all({"s4://b/000": b"x", "s4://b/001": b"x"})
+    well, stuck = cluster.nodes
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        result = cluster.run("health", timeout=4)
+        assert (result.code, result.lines) == (1, [f"healthy:   {well}", f"unhealthy: {stuck}"])
+        assert cluster.s4("cp", "s4://b/000", "-").out == b"x"
+        for arguments in (["cp", "s4://b/001", "-"], ["ls", "s4://b/"]):
+            cluster.fails(*arguments, env={"S4_TIMEOUT": "2"}, says=str(stuck), code=1)
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+    assert cluster.s4("cp", "s4://b/001", "-").out == b"x"
+
+
+def test_too_many_requests_are_told_when_to_come_back(start_cluster: Callable[..., Cluster]) -> None:
+    (node,) = start_cluster(1, ["-max-cpu-jobs", "1"]).nodes
+    node.put("s4://b/000", b"x")
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(node.post("/eval", key="s4://b/000", body=b"sleep 0.05; cat"))
+        )
+        for _ in range(150)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {answer.status for answer in answers} == {200, 429} and len(answers) == 150
+    refused = [answer for answer in answers if answer.status == 429]
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+
+
+def test_the_client_gives_up_at_its_time_limit(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["-max-cpu-jobs", "1"])
+    cluster.put("s4://b/000", b"data")
+    holder = cluster.start_s4("eval", "s4://b/000", "sleep 7611")
+    eventually(lambda: running("sleep\x007611"), 10, "the only place is taken")
+    began = time.monotonic()
+    cluster.fails("eval", "s4://b/000", "cat", env={"S4_TIMEOUT": "2"}, code=1)
+    assert 1 < time.monotonic() - began < 30
+    holder.send_signal(signal.SIGINT)
+    assert holder.wait(10) == 130
+
+
+def test_of_two_servers_that_start_at_once_on_a_folder_one_runs(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2, start=False, check=False)
+    for node in cluster.nodes:
+        node.launch("-data", str(cluster.root / "shared"))
+
+    def ended() -> list[Node]:
+        return [node for node in cluster.nodes if node.process and node.process.poll() is not None]
+
+    (loser,) = eventually(ended, 20, "one gives up")
+    (winner,) = (node for node in cluster.nodes if node is not loser)
+    assert loser.process and loser.process.returncode == 1 and "fatal: " in loser.log
+    winner.wait_healthy()
+    assert ended() == [loser]

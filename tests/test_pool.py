@@ -1,0 +1,297 @@
+"""The pool on real processes: limits, deaths, time limits, and that nothing of a command outlives it.
+
+A pool takes in, and ends, what its process started in other sessions, so each test runs in a process alone.
+"""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import procs
+import pytest
+from procs import eventually
+from reference import checksum_of
+
+from s4.errors import CancelledError, StoppingError, TimeLimitError, TransferError, WorkerDiedError
+from s4.workers import Kind, Pool, Ticket
+from s4.workers.tasks import Command, Ran, Receive, Received, Send
+
+COMPUTE_SLOTS = 2
+_HERE = str(Path(__file__).parent)
+_START = "import sys; sys.path.insert(0, sys.argv[1]); import test_pool; test_pool.perform(*sys.argv[2:])"
+_scenarios: dict[str, Callable[["Bench"], None]] = {}
+
+
+class Bench:
+    """A pool in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made = 0
+        for name in ("run", "dirs", "files"):
+            (folder / name).mkdir()
+        limits = {Kind.COMPUTE: COMPUTE_SLOTS, Kind.SEND: 1, Kind.RECEIVE: 1}
+        self.pool = Pool(limits, str(folder / "run"))
+
+    def command(
+        self,
+        line: str,
+        time_limit: float | None = None,
+        on_done: Callable[[Ticket], None] | None = None,
+        urgent: bool = False,
+    ) -> Ticket:
+        self.made += 1
+        name = f"t{self.made}"
+        task = Command(
+            line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", os.devnull
+        )
+        return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, urgent))
+
+    def run(self, line: str) -> Ran:
+        return ran(self.command(line))
+
+    def sleeping(self, seconds: str, time_limit: float | None = None) -> Ticket:
+        """A command that sleeps, after it has started to; the number of seconds tells it apart."""
+        ticket = self.command(f"sleep {seconds} | cat", time_limit)
+        eventually(lambda: processes_of(seconds), 10, "it runs")
+        return ticket
+
+    def workers(self) -> set[int]:
+        children = {
+            process.pid for process in procs.descendants(os.getpid()) if process.parent == os.getpid()
+        }
+        everyone = procs.descendants(os.getpid())
+        return {process.pid for process in everyone if process.is_python and process.parent in children}
+
+
+def ran(ticket: Ticket) -> Ran:
+    answer = ticket.result(30)
+    assert isinstance(answer, Ran)
+    return answer
+
+
+def processes_of(seconds: str) -> list[procs.Process]:
+    return procs.running(f"sleep\0{seconds}\0")
+
+
+def output(answer: Ran) -> bytes:
+    return Path(answer.outputs[0].file).read_bytes()
+
+
+def perform(name: str, folder: str) -> None:
+    """Run a scenario, in the process made for it."""
+    bench = Bench(Path(folder))
+    try:
+        _scenarios[name](bench)
+    finally:
+        bench.pool.stop()
+    left = [
+        p
+        for p in procs.descendants(os.getpid())
+        if "forkserver" not in p.command and "tracker" not in p.command
+    ]
+    assert not left, left
+
+
+def in_a_process_alone(scenario: Callable[[Bench], None]) -> Callable[[Path], None]:
+    _scenarios[scenario.__name__] = scenario
+
+    @functools.wraps(scenario)
+    def run(folder: Path) -> None:
+        command = [sys.executable, "-c", _START, _HERE, scenario.__name__, str(folder)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            _out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == 0, err.decode()
+        eventually(lambda: not procs.touching(folder), 5, "nothing is left")
+
+    del run.__dict__["__wrapped__"]  # pytest would ask for a fixture called bench
+    run.__annotations__ = {"folder": Path, "return": None}
+    return run
+
+
+@in_a_process_alone
+def test_a_command_gets_its_exit_code_and_its_outputs(bench: Bench) -> None:
+    answer = bench.run("printf 'a\\0b'; echo oops >&2; exit 7")
+    assert answer.exitcode == 7 and output(answer) == b"a\0b"
+    assert answer.stderr is not None and Path(answer.stderr.file).read_bytes() == b"oops\n"
+    assert answer.outputs[0].checksum == checksum_of(b"a\0b")
+    assert list((bench.folder / "dirs").iterdir()) == []
+
+
+@in_a_process_alone
+def test_no_more_commands_run_at_once_than_there_are_slots(bench: Bench) -> None:
+    log = bench.folder / "log"
+    tickets = [bench.command(f"echo + >>{log}; sleep 0.1; echo - >>{log}") for _ in range(8)]
+    assert [ran(ticket).exitcode for ticket in tickets] == [0] * 8
+    running, most = 0, 0
+    for line in log.read_text().split():
+        running += 1 if line == "+" else -1
+        most = max(most, running)
+    assert most == COMPUTE_SLOTS
+    assert bench.pool.counts() == {kind.value: (0, 0) for kind in Kind}
+
+
+@in_a_process_alone
+def test_commands_that_wait_run_in_the_order_of_their_coming(bench: Bench) -> None:
+    log = bench.folder / "log"
+    blocking = [bench.sleeping("0.51"), bench.sleeping("600.11")]
+    tickets = [bench.command(f"echo {i} >>{log}") for i in range(6)]
+    for ticket in [blocking[0], *tickets]:
+        assert ran(ticket).exitcode == 0
+    assert log.read_text().split() == [str(i) for i in range(6)]
+
+
+@in_a_process_alone
+def test_an_urgent_command_goes_before_those_of_jobs_and_after_earlier_urgent_ones(bench: Bench) -> None:
+    log = bench.folder / "log"
+    bench.sleeping("600.21")
+    first = bench.sleeping("0.52")
+    tickets = [bench.command(f"echo job{i} >>{log}") for i in range(3)]
+    tickets += [bench.command(f"echo urgent{i} >>{log}", urgent=True) for i in range(2)]
+    for ticket in [first, *tickets]:
+        assert ran(ticket).exitcode == 0
+    assert log.read_text().split() == ["urgent0", "urgent1", "job0", "job1", "job2"]
+
+
+@in_a_process_alone
+def test_the_death_of_a_busy_worker_costs_its_one_command(bench: Bench) -> None:
+    doomed, other = bench.sleeping("600.31"), bench.sleeping("1.31")
+    waiting = bench.command("echo waited")
+    assert doomed.pid is not None
+    os.kill(doomed.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError) as died:
+        doomed.result(10)
+    assert died.value.pid == doomed.pid and died.value.exitcode == -signal.SIGKILL
+    assert str(doomed.pid) in str(died.value) and "signal 9" in str(died.value)
+    assert processes_of("600.31") == []
+    assert output(ran(waiting)) == b"waited\n"
+    assert ran(other).exitcode == 0
+
+
+@in_a_process_alone
+def test_idle_workers_that_die_are_replaced_at_once(bench: Bench) -> None:
+    before = eventually(lambda: len(found := bench.workers()) == 2 and found, 10)
+    assert isinstance(before, set)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(bench.workers() - before) == 2, 3, "two new workers")
+    assert output(bench.run("echo fine")) == b"fine\n"
+
+
+@in_a_process_alone
+def test_a_command_that_takes_too_long_is_killed_with_all_its_children(bench: Bench) -> None:
+    ticket = bench.command("setsid sleep 600.41 & (sleep 600.42 & sleep 600.43) | cat", 0.5)
+    began = time.monotonic()
+    with pytest.raises(TimeLimitError, match=r"0\.5 s"):
+        ticket.result(10)
+    assert time.monotonic() - began < 4
+    assert [p for number in ("600.41", "600.42", "600.43") for p in processes_of(number)] == []
+    assert output(bench.run("echo fine")) == b"fine\n"
+
+
+@in_a_process_alone
+def test_a_cancelled_command_is_ended_and_a_waiting_one_never_starts(bench: Bench) -> None:
+    running = [bench.sleeping("600.51"), bench.sleeping("600.52")]
+    waiting = bench.command(f"touch {bench.folder}/started")
+    for ticket in (waiting, *running):
+        bench.pool.cancel(ticket, CancelledError("not needed"))
+        with pytest.raises(CancelledError, match="not needed"):
+            ticket.result(10)
+    assert processes_of("600.51") == processes_of("600.52") == []
+    assert output(bench.run("echo fine")) == b"fine\n"
+    assert not (bench.folder / "started").exists()
+    bench.pool.cancel(waiting, CancelledError("again"))  # over: does nothing
+
+
+@in_a_process_alone
+def test_what_a_command_leaves_behind_is_ended(bench: Bench) -> None:
+    assert bench.run("sleep 600.61 & setsid sleep 600.62 & (setsid sleep 600.63 &) ; true").exitcode == 0
+    numbers = ("600.61", "600.62", "600.63")
+    eventually(lambda: not [p for number in numbers for p in processes_of(number)], 3, "they are ended")
+
+
+@in_a_process_alone
+def test_orphans_of_a_worker_that_dies_are_ended(bench: Bench) -> None:
+    ticket = bench.command("setsid sleep 600.71 & sleep 600.72")
+    eventually(lambda: processes_of("600.71") and processes_of("600.72"), 10)
+    assert ticket.pid is not None
+    os.kill(ticket.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError):
+        ticket.result(10)
+    eventually(lambda: not processes_of("600.71") + processes_of("600.72"), 3, "they are ended")
+
+
+@in_a_process_alone
+def test_a_command_that_kills_its_own_shell_harms_nobody(bench: Bench) -> None:
+    for line in ("kill -9 $$", "kill -9 $PPID", "kill -9 0", "exec 0<&- 1>&- 2>&-"):
+        bench.command(line)
+    assert output(bench.run("echo fine")) == b"fine\n"
+    assert output(bench.run("echo fine")) == b"fine\n"
+
+
+@in_a_process_alone
+def test_stopping_ends_everything_and_refuses_more(bench: Bench) -> None:
+    running = [bench.sleeping("600.81"), bench.sleeping("600.82")]
+    waiting = bench.command("true")
+    began = time.monotonic()
+    bench.pool.stop()
+    assert time.monotonic() - began < 3
+    for ticket in (*running, waiting):
+        with pytest.raises(StoppingError):
+            ticket.result(0)
+    with pytest.raises(StoppingError):
+        bench.command("true")
+    assert processes_of("600.81") == processes_of("600.82") == []
+
+
+@in_a_process_alone
+def test_a_raising_callback_does_not_stop_the_pool(bench: Bench) -> None:
+    def raise_it(_ticket: Ticket) -> None:
+        raise ValueError("from the test")
+
+    bench.command("true", on_done=raise_it)
+    assert output(bench.run("echo fine")) == b"fine\n"
+
+
+@in_a_process_alone
+def test_bytes_go_from_one_worker_to_another(bench: Bench) -> None:
+    data = os.urandom(3_000_000)
+    (bench.folder / "source").write_bytes(data)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        arriving = Receive(
+            [str(bench.folder / "a"), str(bench.folder / "b")], [1_000_000, 2_000_000], "127.0.0.1"
+        )
+        received = bench.pool.submit(Ticket(Kind.RECEIVE, arriving, [os.dup(listener.fileno())]))
+    source = os.open(bench.folder / "source", os.O_RDONLY)
+    sent = bench.pool.submit(Ticket(Kind.SEND, Send([3_000_000], "127.0.0.1", port), [source]))
+    assert sent.result(10) is None
+    answer = received.result(10)
+    assert isinstance(answer, Received)
+    parts = [data[:1_000_000], data[1_000_000:]]
+    assert [file.checksum for file in answer.files] == [checksum_of(part) for part in parts]
+    assert [Path(file.file).read_bytes() for file in answer.files] == parts
+    assert sent.fds == received.fds == []  # the pool has closed them
+
+
+@in_a_process_alone
+def test_a_transfer_that_breaks_off_leaves_no_file(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        task = Receive([str(bench.folder / "a")], [1000], "127.0.0.1")
+        received = bench.pool.submit(Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())]))
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"too little")
+    with pytest.raises(TransferError, match="10 of 1000"):
+        received.result(10)
+    assert not (bench.folder / "a").exists()

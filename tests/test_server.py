@@ -1,0 +1,469 @@
+"""s4-server: its options, its log, its lock, stopping; `local` and `reindex`."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import procs
+import pytest
+from cluster import SERVER, Cluster, Node, write_tree
+from procs import eventually
+from reference import checksum_of
+
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} (INFO|WARNING|ERROR) s4\.\w+ \S.*", re.ASCII
+)  # time, level, who, what
+REQUEST = re.compile(r"INFO s4\.http (GET|POST) (\S+) (\d{3}) \d+\.\d+ms$")
+
+
+def _server(cluster: Cluster, *arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
+    done = cluster.run(*arguments, program=[SERVER], cwd=cwd, timeout=30)
+    return done.code, done.out.decode(), done.err
+
+
+@pytest.fixture
+def alone(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """A cluster of one node that is not started yet."""
+    return start_cluster(1, start=False)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [["-{}", "{}"], ["--{}", "{}"], ["-{}={}"], ["--{}={}"]],
+    ids=["-o v", "--o v", "-o=v", "--o=v"],
+)
+def test_options_are_spelled_with_one_dash_or_two(alone: Cluster, spelling: list[str]) -> None:
+    (node,) = alone.nodes
+    values = {
+        "port": str(node.port),
+        "conf": str(alone.conf),
+        "data": "elsewhere",
+        "max-io-jobs": "3",
+        "max-cpu-jobs": "1",
+    }
+    arguments = []
+    for name, value in values.items():
+        name_first = spelling[0].format(name, value)
+        arguments += [name_first, *(part.format(value) for part in spelling[1:])]
+    node.start(*arguments, bare=True)
+    node.data = node.folder / "elsewhere"
+    assert node.put("s4://b/000", b"x").status == 200
+    assert (node.folder / "elsewhere" / "b" / "000").read_bytes() == b"x"
+    assert not (node.folder / "s4_data").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--port", "0"],
+        ["--port", "65536"],
+        ["--port", "http"],
+        ["--port"],
+        ["--max-io-jobs", "0"],
+        ["--max-io-jobs", "-1"],
+        ["--max-cpu-jobs", "1.5"],
+        ["--max-cpu-jobs", ""],
+        ["--max-cpu", "1"],
+        ["--unknown"],
+        ["unknown"],
+        ["local", "--nodes", "0"],
+        ["local", "--port", "1"],
+        ["reindex", "--max-io-jobs", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_option_is_misuse_and_starts_nothing(
+    alone: Cluster, folder: Path, arguments: list[str]
+) -> None:
+    code, out, err = _server(alone, *arguments, cwd=folder)
+    assert (code, out) == (2, "")
+    assert "s4-server" in err.splitlines()[-1] and "error:" in err
+    assert list(folder.iterdir()) == []
+
+
+def test_help_names_every_option(alone: Cluster) -> None:
+    code, out, err = _server(alone, "--help")
+    assert (code, err) == (0, "")
+    for option in ("port", "conf", "data", "max-io-jobs", "max-cpu-jobs", "reindex", "local"):
+        assert option in out
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+def test_a_bad_time_limit_stops_the_start(alone: Cluster, folder: Path, value: str) -> None:
+    result = alone.run(program=[SERVER], cwd=folder, env={"S4_TIMEOUT": value})
+    assert result.code == 1 and "S4_TIMEOUT" in result.fatal
+    assert list(folder.iterdir()) == []
+
+
+def test_a_second_server_on_a_folder_refuses(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+    assert result.code == 1 and "in use" in result.fatal and "s4_data" in result.fatal
+    assert node.put("s4://b/000", b"x").status == 200
+
+
+def test_a_port_that_is_taken_is_one_clear_line(alone: Cluster, folder: Path) -> None:
+    (node,) = alone.nodes
+    with socket.create_server((node.host, node.port)):
+        result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=folder)
+    assert result.code == 1 and str(node) in result.fatal and "in use" in result.fatal
+    node.start()  # and nothing was left that keeps it from starting
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_clear_line(alone: Cluster, folder: Path) -> None:
+    (folder / "file").write_bytes(b"")
+    for data in ("file", "file/below"):
+        result = alone.run("-conf", str(alone.conf), "-data", data, program=[SERVER], cwd=folder)
+        assert result.code == 1 and f"data folder {data}" in result.fatal
+
+
+def test_an_index_that_is_broken_is_reported_and_left_alone(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    broken = node.data / "_index" / "node.db"
+    write_tree(node.folder, {"s4_data/_index/node.db": b"no database " * 100})
+    result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+    assert result.code == 1 and "node.db" in result.fatal and "reindex" in result.fatal
+    assert broken.read_bytes() == b"no database " * 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_node_stops_when_it_is_told_to(alone: Cluster, number: int) -> None:
+    (node,) = alone.nodes
+    node.start()
+    assert node.put("s4://b/000", b"x").status == 200
+    below = {process.pid for process in procs.descendants(node.pid)}
+    assert node.process is not None
+    node.process.send_signal(number)
+    assert node.process.wait(5) == 0
+    eventually(lambda: not below & {process.pid for process in procs.everyone()}, 5, "its processes are gone")
+    assert not node.temporary() and "Traceback" not in node.log
+    node.start()
+    assert node.fetch("s4://b/000") == b"x"
+
+
+def test_a_node_that_is_stopped_while_it_starts_stops(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.launch()
+    eventually(lambda: (node.data / "_index" / "node.db").exists(), 20)
+    node.terminate()
+    eventually(lambda: not procs.touching(node.folder), 5)
+    node.start()
+
+
+def test_the_log_has_a_line_for_each_request_and_job(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    before = len(node.log.splitlines())
+    assert node.put("s4://b/in/000_x%", b"x").status == 200
+    assert node.get("/list", prefix="s4://b/").status == 200
+    assert node.post("/prepare_get", key="s4://b/missing").status == 404
+    assert node.post("/eval", key="s4://b/in/000_x%", body=b"exit 3").status == 400
+    job = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/"}
+    assert node.post_json("/map", job).status == 200
+    eventually(lambda: " POST /map " in node.log, 5)
+    lines = node.log.splitlines()[before:]
+    assert all(LINE.fullmatch(line) for line in lines), lines
+    requests = [found for line in lines if (found := REQUEST.search(line))]
+    assert [(r[1], r[2].partition("?")[0], r[3]) for r in requests if r[2] != "/health"] == [
+        ("POST", "/prepare_put", "200"),
+        ("POST", "/confirm_put", "200"),
+        ("GET", "/list", "200"),
+        ("POST", "/prepare_get", "404"),
+        ("POST", "/eval", "400"),
+        ("POST", "/map", "200"),
+    ]
+    assert any("job" in line and "map done 1/1" in line for line in lines)
+    assert not [line for line in lines if "ERROR" in line]
+
+
+def _nasty(node: Node) -> None:
+    with contextlib.suppress(OSError), node.dial(node.port) as connection:
+        connection.sendall(b"GET /list?prefix=s4://b/\r\x1b[31m%0aINFO%20forged HTTP/1.1\r\n\r\n")
+        connection.recv(1000)
+
+
+def test_a_request_cannot_forge_a_line_of_the_log(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    node.get("/list", prefix="s4://b/x\n2020-01-01T00:00:00.000 INFO s4.http forged")
+    _nasty(node)
+    assert node.get("/health").status == 200
+    assert all(LINE.fullmatch(line) for line in node.log.splitlines()), node.log
+    assert "\x1b" not in node.log
+
+
+class Local:
+    """`s4-server local`, and what it has said."""
+
+    def __init__(self, cluster: Cluster, folder: Path, nodes: int = 2) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.process = cluster.start_s4(
+            "local", "--nodes", str(nodes), "--dir", str(folder), program=[SERVER]
+        )
+        assert self.process.stdout is not None
+        lines = iter(self.process.stdout.readline, b"")
+        self.said = ""
+        for line in lines:
+            self.said += line.decode()
+            if line.startswith(b"export "):
+                break
+        self.env = {"S4_CONF_PATH": self.said.rpartition("=")[2].strip()}
+
+    def pids(self) -> set[int]:
+        return {process.pid for process in procs.descendants(self.process.pid)}
+
+    def node_pids(self) -> list[int]:
+        return [p.pid for p in procs.descendants(self.process.pid) if p.parent == self.process.pid]
+
+    def stop(self, number: int) -> int:
+        self.process.send_signal(number)
+        self.process.communicate(timeout=10)
+        return self.process.returncode
+
+
+def test_local_runs_nodes_until_it_is_stopped_and_keeps_their_data(alone: Cluster, folder: Path) -> None:
+    place = folder / "new" / "try"
+    local = Local(alone, place)
+    assert "2 nodes" in local.said.splitlines()[0] and "Ctrl-C" in local.said
+    assert local.said.splitlines()[1] == f"export S4_CONF_PATH={place}/s4.conf"
+    servers = alone.s4("servers", env=local.env).lines
+    assert servers == (place / "s4.conf").read_text().split() and len(servers) == 2
+    assert all(server.startswith("127.0.0.1:") for server in servers)
+    assert alone.s4("health", env=local.env).lines == [f"healthy:   {server}" for server in servers]
+    for name in ("000", "001"):
+        alone.s4("cp", "-", f"s4://b/{name}", data=name.encode(), env=local.env)
+    assert [(place / f"node{i}" / "s4_data" / "b" / f"00{i}").exists() for i in range(2)] == [True] * 2
+    assert (place / "node0.log").exists() and (place / "node1.log").exists()
+    pids = local.pids()
+    assert local.stop(signal.SIGINT) == 0
+    eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 3, "all are gone")
+
+    again = Local(alone, place)
+    assert alone.s4("servers", env=again.env).lines == servers
+    assert alone.s4("cp", "s4://b/001", "-", env=again.env).out == b"001"
+    pids = again.pids()
+    assert again.stop(signal.SIGTERM) == 0
+    eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 3, "all are gone")
+
+    code, _out, err = _server(alone, "local", "--nodes", "3", "--dir", str(place))
+    assert code == 1 and err.startswith("fatal: ") and "2 nodes, not 3" in err
+
+
+def test_local_reports_a_node_that_dies_and_stops_the_others(alone: Cluster, folder: Path) -> None:
+    local = Local(alone, folder / "try")
+    pids = local.pids()
+    os.kill(local.node_pids()[1], signal.SIGKILL)
+    _out, err = local.process.communicate(timeout=15)
+    assert local.process.returncode == 1
+    assert err.startswith(b"fatal: a node ended") and b"node1.log" in err and err.count(b"\n") == 1
+    eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 5, "all are gone")
+
+
+def test_nodes_of_local_do_not_outlive_it(alone: Cluster, folder: Path) -> None:
+    local = Local(alone, folder / "try")
+    pids = local.pids()
+    local.process.kill()
+    local.process.wait()
+    eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 8, "all are gone")
+
+
+def test_local_says_why_it_cannot_start(alone: Cluster, folder: Path) -> None:
+    (folder / "file").write_bytes(b"")
+    code, _out, err = _server(alone, "local", "--dir", str(folder / "file" / "below"))
+    assert code == 1 and err.startswith("fatal: ") and "file/below" in err and err.count("\n") == 1
+    (folder / "s4.conf").write_text("nonsense\n")
+    code, _out, err = _server(alone, "local", "--dir", str(folder))
+    assert code == 1 and "s4.conf, line 1" in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (folder / "s4.conf").write_text(f"127.0.0.1:{taken.getsockname()[1]}\n")
+        code, _out, err = _server(alone, "local", "--nodes", "1", "--dir", str(folder))
+        assert code == 1 and "node0.log" in err
+        assert "in use" in (folder / "node0.log").read_text()
+
+
+def _reindex(node: Node, *options: str, before: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    place = ["-port", str(node.port), "-conf", str(node.cluster.conf)]
+    arguments = [*before, "reindex", *options]
+    return _server(node.cluster, *(arguments if before or options else ["reindex", *place]), cwd=node.folder)
+
+
+def _write(node: Node, key: str, data: bytes) -> None:
+    path = node.path_of(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.chmod(0o644)
+    path.write_bytes(data)
+    path.chmod(0o444)
+
+
+def test_reindex_rebuilds_an_index_that_is_gone(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    keys = {f"s4://b/d{i % 3}/{i:03}": bytes([i]) * i for i in range(50)} | {"s4://c/é'$x": b"\0"}
+    alone.put_all(keys)
+    before = node.rows("select path, size, checksum from keys order by path")
+    node.terminate()
+    for file in (node.data / "_index").glob("node.db*"):
+        file.unlink()
+    code, out, err = _reindex(node)
+    assert (code, err) == (0, "")
+    assert out == "51 files, 51 added, 0 corrected, 0 dropped, 0 left alone\n"
+    assert node.rows("select path, size, checksum from keys order by path") == before
+    node.start()
+    assert {key: node.fetch(key) for key in keys} == keys
+    assert {row[3]: row[2] for row in node.get("/list_buckets").json()} == {
+        "b": str(sum(range(50))),
+        "c": "1",
+    }
+
+
+def test_reindex_adds_drops_and_corrects(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    alone.put_all({f"s4://b/{name}": b"x" for name in ("same", "gone", "changed")})
+    node.terminate()
+    node.path_of("s4://b/gone").unlink()
+    _write(node, "s4://b/changed", b"other")
+    _write(node, "s4://b/new/er/000", b"new")
+    code, out, err = _reindex(node)
+    assert code == 0
+    assert out == "3 files, 1 added, 1 corrected, 1 dropped, 0 left alone\n"
+    assert err == "corrected: s4://b/changed: its bytes are not those that were stored\n"
+    assert _reindex(node)[1:] == ("3 files, 0 added, 0 corrected, 0 dropped, 0 left alone\n", "")
+    assert node.rows("select path, size, checksum from keys order by path") == [
+        ("b/changed", 5, checksum_of(b"other")),
+        ("b/new/er/000", 3, checksum_of(b"new")),
+        ("b/same", 1, checksum_of(b"x")),
+    ]
+    node.start()
+    assert node.fetch("s4://b/changed") == b"other"
+
+
+def test_reindex_names_files_that_are_no_keys_of_this_node_and_leaves_them(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2, start=False)
+    node = cluster.nodes[0]
+    files = {"b/001": b"of the other", "b/white space": b"", "b/002": b"ours", "top": b""}
+    write_tree(node.data, files)
+    (node.data / "b" / "link").symlink_to("/etc/passwd")
+    code, out, err = _reindex(node)
+    assert code == 0
+    assert out == "1 files, 1 added, 0 corrected, 0 dropped, 3 left alone\n"
+    assert sorted(line.split(": ")[1] for line in err.splitlines()) == ["'b/001'", "'b/white space'", "'top'"]
+    assert "another node" in err and "white space and control" in err
+    assert all((node.data / name).read_bytes() == data for name, data in files.items())
+    assert node.rows("select path from keys") == [("b/002",)]
+
+
+def test_reindex_refuses_while_a_node_runs_on_the_folder(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    assert node.put("s4://b/000", b"x").status == 200
+    code, out, err = _reindex(node)
+    assert (code, out) == (1, "")
+    assert err.startswith("fatal: ") and "in use" in err and err.count("\n") == 1
+    assert node.fetch("s4://b/000") == b"x"
+
+
+@pytest.mark.parametrize("where", ["before", "after", "both"])
+def test_options_of_reindex_stand_before_or_after_the_word(alone: Cluster, where: str) -> None:
+    (node,) = alone.nodes
+    write_tree(node.folder, {"elsewhere/b/000": b"x"})
+    place = ("--port", str(node.port), "-conf", str(alone.conf))
+    data = ("--data", "elsewhere")
+    options = {"before": ((*place, *data), ()), "after": ((), (*place, *data)), "both": (place, data)}[where]
+    code, out, _err = _reindex(node, *options[1], before=options[0])
+    assert code == 0 and out.startswith("1 files, 1 added")
+    assert not node.data.exists()
+
+
+@pytest.mark.parametrize("damage", ["no database", "a page overwritten"])
+def test_reindex_sets_a_damaged_index_aside_and_makes_a_new_one(alone: Cluster, damage: str) -> None:
+    (node,) = alone.nodes
+    node.start()
+    keys = {f"s4://b/{i:03}": b"x" * i for i in range(200)}
+    alone.put_all(keys)
+    before = node.rows("select path, size, checksum from keys order by path")
+    node.terminate()
+    index = node.data / "_index" / "node.db"
+    whole = index.read_bytes()
+    broken = (
+        b"no database " * 100 if damage == "no database" else whole[:4096] + os.urandom(len(whole) - 4096)
+    )
+    index.write_bytes(broken)
+    code, out, err = _reindex(node)
+    assert code == 0 and out.startswith("200 files, 200 added"), (out, err)
+    assert "node.db" in err and "aside" in err and "Traceback" not in err
+    (aside,) = (
+        path for path in index.parent.glob("node.db.damaged-*") if not path.name.endswith(("-wal", "-shm"))
+    )
+    assert aside.read_bytes() == broken
+    assert node.rows("select path, size, checksum from keys order by path") == before
+    node.start()
+
+
+def test_reindex_makes_files_that_were_put_there_by_hand_read_only(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    write_tree(node.data, {"b/000": b"x"})
+    assert _reindex(node)[0] == 0
+    assert node.path_of("s4://b/000").stat().st_mode & 0o777 == 0o444
+    node.start()
+    node.check()
+
+
+def test_reindex_after_a_death_keeps_what_was_confirmed_and_nothing_else(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    assert node.put("s4://b/000", b"x").status == 200
+    _uuid, port = node.prepare_put("s4://b/half")
+    with node.dial(port) as connection:
+        connection.sendall(b"y" * 100_000)
+        eventually(node.temporary, 5)
+        node.kill()
+    eventually(lambda: not procs.touching(node.data), 8)
+    code, out, _err = _reindex(node)
+    assert code == 0 and out == "1 files, 0 added, 0 corrected, 0 dropped, 0 left alone\n"
+    assert node.temporary() == [] and node.rows("select * from transfers") == []
+    node.start()
+
+
+def test_reindex_computes_thousands_of_checksums_fast(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    for i in range(20):
+        (node.data / "b" / f"{i:02}").mkdir(parents=True)
+        for j in range(500):
+            (node.data / "b" / f"{i:02}" / f"{j:03}").touch(mode=0o444)
+    done = subprocess.run(
+        [SERVER, "reindex", "-conf", str(alone.conf)],
+        cwd=node.folder,
+        env=alone.env,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    assert done.stdout.startswith("10000 files, 10000 added"), done
+
+
+def test_reindex_that_is_interrupted_can_be_run_again(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    files = {f"b/{i:05}": b"x" for i in range(5000)}
+    write_tree(node.data, files)
+    (node.data / "b").chmod(0o755)
+    for path in (node.data / "b").iterdir():
+        path.chmod(0o444)
+    process = alone.start_s4("reindex", "-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+    eventually(lambda: (node.data / "_index" / "node.db").exists(), 10)
+    process.kill()
+    process.communicate(timeout=5)
+    eventually(lambda: not procs.touching(node.data), 8)
+    code, out, _err = _reindex(node)
+    assert code == 0 and out.startswith("5000 files, ")
+    node.start()
+    assert node.rows("select count(*) from keys") == [(5000,)]
