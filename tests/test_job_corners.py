@@ -1,4 +1,4 @@
-"""What the brief names and test_eval, test_map and test_map_to_n do not hold: ready to be moved there."""
+"""Corners of eval and jobs: shell characters in keys, odd commands and outputs, bad requests, leftovers."""
 
 import json
 
