@@ -16,10 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from s4.config import Server, local_address, own_position, read_conf, timeout_setting
-from s4.errors import FAILED, S4Error, StoppingError
+from s4.errors import FAILED, MISUSE, S4Error, StoppingError
 
 if TYPE_CHECKING:
     from s4.node import Node
@@ -36,17 +36,22 @@ log = logging.getLogger("s4.server")
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def _port(text: str) -> int:
     number = _positive(text)
     if number > 65535:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
     return number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"fatal: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(MISUSE)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,7 @@ def main() -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="s4-server", description="A node of an s4 cluster.", allow_abbrev=False
-    )
+    parser = _Parser(prog="s4-server", description="A node of an s4 cluster.", allow_abbrev=False)
     parser.set_defaults(action="serve")
     _add(parser, _PLACE + _LIMITS)
     actions = parser.add_subparsers(title="other actions", metavar="")

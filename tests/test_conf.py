@@ -96,6 +96,7 @@ def test_without_a_conf_it_is_the_one_node_of_the_default(cluster: Cluster, fold
 def test_without_a_conf_a_server_is_the_one_node_of_the_default(cluster: Cluster, folder: Path) -> None:
     env = {"HOME": str(folder), "S4_CONF_PATH": ""}
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of others may linger there
         try:
             other.bind(("127.0.0.1", 8080))
             other.listen()
