@@ -206,27 +206,27 @@ class _Job:
         except Exception as e:
             log.exception("job %s", self.row.id)
             self._error = S4Error(f"internal error in job {self.row.id}: {e!r}")
-        if self._error is not None:
-            self._abandon()
-        state = "failed"
-        if self._error is None:
-            state = "done"
-        elif isinstance(self._error, CancelledError):
-            state = "cancelled"
-        seconds = time.monotonic() - began
-        with contextlib.suppress(StoppingError):
-            error = None if self._error is None else str(self._error)
-            self._jobs.records.job_ended(self.row.id, state, self.total, self.done, error)
+        try:
+            if self._error is not None:
+                self._abandon()
+            self._record_end()
+        except (S4Error, OSError) as e:
+            log.error("job %s: its end is not recorded: %s", self.row.id, e)
+        milliseconds = (time.monotonic() - began) * 1000
         log.info(
-            "job %s %s %s %d/%d %.0fms",
-            self.row.id,
-            self.row.kind,
-            state,
-            self.done,
-            self.total,
-            seconds * 1e3,
+            "job %s %s %s %s %.0fms", self.row.id, self.row.kind, self._state, self._progress, milliseconds
         )
         self.ended_s = time.monotonic()
+
+    @property
+    def _state(self) -> str:
+        if self._error is None:
+            return "done"
+        return "cancelled" if isinstance(self._error, CancelledError) else "failed"
+
+    def _record_end(self) -> None:
+        error = None if self._error is None else str(self._error)
+        self._jobs.records.job_ended(self.row.id, self._state, self.total, self.done, error)
 
     def _run(self) -> None:
         tasks = list(self._tasks())

@@ -31,11 +31,10 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 
 SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
-TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
-log = logging.getLogger("s4.transfers")
-
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
+TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
 
+log = logging.getLogger("s4.transfers")
 
 # Makes finished files keys of this node, given as (path, file); per file None or why it was refused.
 Publish = Callable[[Sequence[tuple[str, StoredFile]]], list[S4Error | None]]
