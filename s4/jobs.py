@@ -213,9 +213,8 @@ class _Job:
         except (S4Error, OSError) as e:
             log.error("job %s: its end is not recorded: %s", self.row.id, e)
         milliseconds = (time.monotonic() - began) * 1000
-        log.info(
-            "job %s %s %s %s %.0fms", self.row.id, self.row.kind, self._state, self._progress, milliseconds
-        )
+        counts = f"{self.done}/{self.total}"
+        log.info("job %s %s %s %s %.0fms", self.row.id, self.row.kind, self._state, counts, milliseconds)
         self.ended_s = time.monotonic()
 
     @property
