@@ -69,7 +69,7 @@ def test_folders_and_buckets_need_recursion(cluster: Cluster, filled: str, path:
 def test_recursion_removes_what_starts_with_the_prefix(
     cluster: Cluster, filled: str, prefix: str, left: list[str], flag_first: bool
 ) -> None:
-    neighbours = [f"{filled}-2/a/000", f"{filled}0/a/000"]
+    neighbours = [f"{filled}-2/a/000", f"{filled}x/a/000"]
     cluster.put_all(dict.fromkeys(neighbours, b""))
     cluster.s4("rm", *(["-r", filled + prefix] if flag_first else [filled + prefix, "-r"]))
     assert cluster.keys(filled) == [f"{filled}/{key}" for key in left]
