@@ -1,4 +1,4 @@
-"""Keys: their rules, placement on the ring, prefixes and globs. Pure functions, no input or output.
+"""Keys: their rules, placement on the ring, prefixes and globs; and the ids of jobs. No input or output.
 
 A key is written `s4://BUCKET/PATH/NAME`. Inside s4 it is its *path*, `BUCKET/PATH/NAME`: the row in the
 index and the file below the data folder have the same name.

@@ -20,7 +20,6 @@ from s4.errors import TransferError
 
 BLOCK = 256 * 1024  # measured: larger blocks are no faster and sometimes collapse
 IDLE_SECONDS = 5.0  # a connection on which nothing moves for so long is dropped
-EMPTY_CHECKSUM = format(xxhash.xxh64_intdigest(b""), "x")
 _EXTENT = 64 * 1024 * 1024  # disk space reserved at once for a file of unknown size
 _SENDFILE_AT_ONCE = 4 * 1024 * 1024
 

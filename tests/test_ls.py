@@ -26,6 +26,18 @@ KEYS = [
     "listing-2/000",
     "z/000_x",
 ]
+# In order, without "a", which would stand where "a/…" needs a folder.
+LISTED = [
+    "a-b",
+    "a.txt",
+    "a/000",
+    "a/b/000",
+    "a/b/001",
+    "listing-2/000",
+    "listing/dir/000",
+    "listing/dog",
+    "z/000_x",
+]
 ZONE = timezone(timedelta(hours=5, minutes=30))  # as cluster.TIMEZONE
 
 
@@ -81,34 +93,8 @@ def test_a_folder_lists_its_keys_and_folders_relative_to_it(
 @pytest.mark.parametrize(
     ("prefix", "expected"),
     [
-        (
-            "",
-            [
-                "a-b",
-                "a.txt",
-                "a/000",
-                "a/b/000",
-                "a/b/001",
-                "listing-2/000",
-                "listing/dir/000",
-                "listing/dog",
-                "z/000_x",
-            ],
-        ),
-        (
-            "/",
-            [
-                "a-b",
-                "a.txt",
-                "a/000",
-                "a/b/000",
-                "a/b/001",
-                "listing-2/000",
-                "listing/dir/000",
-                "listing/dog",
-                "z/000_x",
-            ],
-        ),
+        ("", LISTED),
+        ("/", LISTED),
         ("/a/", ["a/000", "a/b/000", "a/b/001"]),
         ("/a/b", ["a/b/000", "a/b/001"]),
         ("/listing", ["listing-2/000", "listing/dir/000", "listing/dog"]),
