@@ -234,6 +234,15 @@ def _start_log() -> None:
     )
     for chatty in ("sh", "waitress"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("waitress").addFilter(_is_no_lost_client)
+
+
+def _is_no_lost_client(record: logging.LogRecord) -> bool:
+    """False where waitress 3.0.2 trips over its own note that the sender of a malformed request left."""
+    from waitress.channel import ClientDisconnected
+
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not isinstance(error.__context__, ClientDisconnected)
 
 
 def _raise_file_limit() -> None:
