@@ -479,7 +479,7 @@ def test_reindex_that_is_interrupted_can_be_run_again(alone: Cluster) -> None:
 def test_only_what_a_lost_client_causes_in_waitress_is_not_logged(
     first: type[Exception], logged: bool
 ) -> None:
-    """The sender of a malformed request may leave before its answer: waitress 3.0.2 then trips over its note."""
+    """The sender of a malformed request may leave before its answer: waitress 3.0.2 trips over that."""
     try:
         try:
             raise first
