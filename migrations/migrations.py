@@ -99,3 +99,73 @@ def m0003_jobs(db: Database) -> None:
             FROM jobs ORDER BY started_s DESC;
         """
     )
+
+
+@migrations()
+def m0004_tasks(db: Database) -> None:
+    """A record for each task of a job, what jobs were asked for, and which task made a key."""
+    db.executescript(
+        """
+        ALTER TABLE keys ADD COLUMN job  TEXT;
+        ALTER TABLE keys ADD COLUMN task INTEGER;
+
+        ALTER TABLE jobs ADD COLUMN run           INTEGER NOT NULL DEFAULT 1;
+        ALTER TABLE jobs ADD COLUMN listed        INTEGER NOT NULL DEFAULT 1;
+        ALTER TABLE jobs ADD COLUMN failed        INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN cancelled     INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN skipped       INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN bytes_in      INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN bytes_out     INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN timeout_s     REAL    NOT NULL DEFAULT 300;
+        ALTER TABLE jobs ADD COLUMN retries       INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN keep_going    INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN skip_existing INTEGER NOT NULL DEFAULT 0;
+
+        CREATE TABLE tasks (
+            job         TEXT    NOT NULL,
+            task        INTEGER NOT NULL,
+            input       TEXT    NOT NULL,
+            inputs      INTEGER NOT NULL,
+            bytes_in    INTEGER NOT NULL,
+            state       TEXT    NOT NULL DEFAULT 'waiting',
+            attempt     INTEGER NOT NULL DEFAULT 0,
+            pid         INTEGER,
+            started_s   REAL,
+            seconds     REAL,
+            cpu_seconds REAL,
+            peak_memory INTEGER,
+            bytes_out   INTEGER,
+            exit_code   INTEGER,
+            signal      INTEGER,
+            error       TEXT,
+            PRIMARY KEY (job, task)
+        ) WITHOUT ROWID;
+
+        CREATE TABLE stderrs (                       -- apart, so that the rows of tasks stay small
+            job    TEXT    NOT NULL,
+            task   INTEGER NOT NULL,
+            stderr BLOB    NOT NULL,
+            PRIMARY KEY (job, task)
+        ) WITHOUT ROWID;
+
+        DROP VIEW recent_keys;
+        CREATE VIEW recent_keys AS
+            SELECT datetime(created_s, 'unixepoch') AS created, size, 's4://' || path AS key, checksum,
+                   job, task
+            FROM keys ORDER BY created_s DESC;
+
+        DROP VIEW recent_jobs;
+        CREATE VIEW recent_jobs AS
+            SELECT id, kind, state, done || '/' || tasks AS progress, failed, cancelled, skipped,
+                   datetime(started_s, 'unixepoch') AS started,
+                   round(coalesce(finished_s, unixepoch()) - started_s, 3) AS seconds,
+                   indir, outdir, command, error
+            FROM jobs ORDER BY started_s DESC;
+
+        CREATE VIEW failed_tasks AS
+            SELECT job, task, input, attempt, exit_code, signal, seconds, error,
+                   CAST(stderr AS TEXT) AS stderr
+            FROM tasks LEFT JOIN stderrs USING (job, task)
+            WHERE state = 'failed';
+        """
+    )

@@ -1,13 +1,11 @@
 """The HTTP interface of a node: Falcon resources that translate requests and answers, and nothing else."""
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from json.encoder import encode_basestring
 from typing import Any
-from urllib.parse import parse_qsl
 
 import falcon
 import orjson
@@ -19,6 +17,7 @@ from s4.errors import (
     CommandError,
     ConflictError,
     MissingError,
+    OverlapError,
     S4Error,
     StoppingError,
     TimeLimitError,
@@ -26,11 +25,36 @@ from s4.errors import (
     WorkerDiedError,
     WrongNodeError,
 )
+from s4.evals import Evaluation
 from s4.exchange import MAX_BATCH_KEYS
 from s4.http import EXITCODE_HEADER, FINGERPRINT_HEADER, STDERR_SIZE_HEADER
 from s4.index.keys import ListRow
-from s4.jobs import MAP, MAP_FROM_N, MAP_TO_N
-from s4.node import Evaluation, Node
+from s4.inputs import MAP, MAP_FROM_N, MAP_TO_N
+from s4.job_api import (
+    Cancel,
+    Job,
+    JobList,
+    JobStatus,
+    Plan,
+    Retry,
+    Schema,
+    Sql,
+    Stat,
+    TaskList,
+    TaskStatus,
+)
+from s4.node import Node
+from s4.parameters import (
+    checked_command,
+    checked_job_id,
+    flag,
+    is_size,
+    json_lines,
+    needed,
+    positive_seconds,
+    query_of,
+    whole_number,
+)
 from s4.streams import BLOCK
 from s4.transfers import Prepared
 
@@ -44,6 +68,7 @@ STATUSES: dict[type[S4Error], int] = {
     WorkerDiedError: 500,
     MissingError: 404,
     ConflictError: 409,
+    OverlapError: 423,
     BusyError: 429,
     StoppingError: 503,
     S4Error: 500,
@@ -76,6 +101,15 @@ def make_app(node: Node) -> "falcon.App[falcon.Request, falcon.Response]":
     app.add_route("/map_to_n", Job(node, MAP_TO_N))
     app.add_route("/map_from_n", Job(node, MAP_FROM_N))
     app.add_route("/cancel", Cancel(node))
+    app.add_route("/retry", Retry(node))
+    app.add_route("/plan", Plan(node))
+    app.add_route("/job", JobStatus(node))
+    app.add_route("/jobs", JobList(node))
+    app.add_route("/task", TaskStatus(node))
+    app.add_route("/tasks", TaskList(node))
+    app.add_route("/stat", Stat(node))
+    app.add_route("/sql", Sql(node))
+    app.add_route("/schema", Schema(node))
     return app
 
 
@@ -158,9 +192,9 @@ class List:
         self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
+        given = query_of(req)
         prefix = given.get("prefix", "").removeprefix("s4://")
-        recursive = _flag(given, "recursive")
+        recursive = flag(given, "recursive")
         chunks = self._node.list(prefix, recursive=recursive)
         if recursive:
             cut = prefix.find("/") + 1 if prefix else 0
@@ -184,9 +218,9 @@ class Buckets:
 
 def _json_rows(chunks: Iterator[list[ListRow]], cut: int) -> Iterator[bytes]:
     stamps: dict[int, tuple[str, str]] = {}  # many keys are made in the same second
+
     # Not orjson: its buffers for rows come from the thread's malloc arena and stay there, 10 MB a thread.
-    separator = b"[\n"
-    for chunk in chunks:
+    def shown(chunk: list[ListRow]) -> list[str]:
         lines = []
         for path, size, created_s in chunk:
             if size is None:
@@ -199,10 +233,9 @@ def _json_rows(chunks: Iterator[list[ListRow]], cut: int) -> Iterator[bytes]:
                 day, clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_s)).split()
                 stamp = stamps[created_s] = (day, clock)
             lines.append(f'["{stamp[0]}","{stamp[1]}","{size}",{encode_basestring(path[cut:])}]')
-        if lines:
-            yield separator + ",\n".join(lines).encode()
-            separator = b",\n"
-    yield b"\n]" if separator == b",\n" else b"[]"
+        return lines
+
+    return json_lines(map(shown, chunks))
 
 
 class Delete:
@@ -212,8 +245,8 @@ class Delete:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
-        self._node.delete(_needed(given, "prefix"), recursive=_flag(given, "recursive"))
+        given = query_of(req)
+        self._node.delete(needed(given, "prefix"), recursive=flag(given, "recursive"))
         resp.text = "deleted"
 
 
@@ -228,10 +261,10 @@ class PreparePut:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
-        path = self._node.own_key(_needed(given, "key"))
-        size = _number(given, "size") if "size" in given else None
-        prepared = _single(self._node.transfers.prepare_put([(path, size)], _peer(req)))
+        given = query_of(req)
+        path = self._node.own_key(needed(given, "key"))
+        size = whole_number(given, "size") if "size" in given else None
+        prepared = _single(self._node.transfers.prepare_put([(path, size, None)], _peer(req)))
         resp.text = f"{prepared.uuid} {prepared.port}"
 
 
@@ -242,8 +275,8 @@ class ConfirmPut:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
-        uuid, checksum = _needed(given, "uuid"), _needed(given, "checksum")
+        given = query_of(req)
+        uuid, checksum = needed(given, "uuid"), needed(given, "checksum")
         for error in self._node.transfers.confirm_put(uuid, [checksum]):
             if error is not None:
                 raise error
@@ -258,9 +291,9 @@ class PrepareGet:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
-        path = self._node.own_key(_needed(given, "key"))
-        port = _number(given, "port", 65535) if "port" in given else None
+        given = query_of(req)
+        path = self._node.own_key(needed(given, "key"))
+        port = whole_number(given, "port", 65535) if "port" in given else None
         if port == 0:
             raise BadRequestError("port=0: a port of the caller is needed")
         prepared = _single(self._node.transfers.prepare_get([path], _peer(req), port, confirmed=True))
@@ -274,16 +307,17 @@ class ConfirmGet:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
-        self._node.transfers.confirm_get(_needed(given, "uuid"), _needed(given, "checksum"))
+        given = query_of(req)
+        self._node.transfers.confirm_get(needed(given, "uuid"), needed(given, "checksum"))
         resp.text = "confirmed"
 
 
 class PreparePuts:
-    """POST /prepare_puts, body [[key, size], …], at most 200: {"uuid", "port", "refused"}.
+    """POST /prepare_puts[?job=], body [[key, size], …], at most 200: {"uuid", "port", "refused"}.
 
     `refused` has per key null or [status, reason]. The bytes of the others follow each other on one
-    connection to `port`, in order.
+    connection to `port`, in order. Outputs of a `job` are [key, size, number of the task]; they may replace
+    what the same task made before.
     """
 
     def __init__(self, node: Node) -> None:
@@ -291,13 +325,18 @@ class PreparePuts:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = _json_list(req)
+        job = query_of(req).get("job")
+        length = 2 if job is None else 3
         if not all(
-            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_size(entry[1])
+            isinstance(entry, list)
+            and len(entry) == length
+            and isinstance(entry[0], str)
+            and all(map(is_size, entry[1:]))
             for entry in body
         ):
             raise BadRequestError("the body must be a JSON list of [key, size in bytes]")
-        entries = [(self._node.own_key(key), size) for key, size in body]
-        _answer_prepared(resp, self._node.transfers.prepare_put(entries, _peer(req)))
+        entries = [(self._node.own_key(key), size, task[0] if task else None) for key, size, *task in body]
+        _answer_prepared(resp, self._node.transfers.prepare_put(entries, _peer(req), job))
 
 
 class ConfirmPuts:
@@ -307,7 +346,7 @@ class ConfirmPuts:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        uuid = _needed(_parameters(req), "uuid")
+        uuid = needed(query_of(req), "uuid")
         checksums = _strings(_json_list(req))
         refused = self._node.transfers.confirm_put(uuid, checksums)
         resp.content_type = falcon.MEDIA_JSON
@@ -353,18 +392,18 @@ class Eval:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = _parameters(req)
+        given = query_of(req)
         command = os.fsdecode(req.bounded_stream.read())
         abandoned: Callable[[], bool] = req.env.get("waitress.client_disconnected", lambda: False)
-        done = self._node.evaluate(
-            _needed(given, "key"),
-            command,
-            given.get("job", ""),
-            _seconds(given.get("timeout"), self._node.limits.timeout),
+        done = self._node.evals.run(
+            self._node.own_key(needed(given, "key")),
+            checked_job_id(given.get("job", "")),
+            checked_command(command),
+            positive_seconds(given.get("timeout"), self._node.limits.timeout),
             abandoned,
         )
         resp.status = 200 if done.exitcode == 0 else 400
-        if _flag(given, "raw"):
+        if flag(given, "raw"):
             resp.content_type = "application/octet-stream"
             resp.set_header(EXITCODE_HEADER, str(done.exitcode))
             resp.set_header(STDERR_SIZE_HEADER, str(done.stderr_size))
@@ -400,78 +439,6 @@ def _blocks(*files: tuple[int, int]) -> Iterator[bytes]:
             os.close(fd)
 
 
-class Job:
-    """POST /map, /map_to_n, /map_from_n, body {"cmd", "indir", "outdir"}: runs this node's share.
-
-    Optional: "job", an id that is the same on all nodes (needed to cancel; the same id twice is one job),
-    and "timeout" in seconds for each command. Answers JSON {"tasks": N}, or 4xx with what failed.
-    """
-
-    def __init__(self, node: Node, kind: str) -> None:
-        self._node = node
-        self._kind = kind
-
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        try:
-            # Not orjson: a command may hold bytes that are no UTF-8, as lone surrogates.
-            body = json.loads(req.bounded_stream.read())
-            command, indir = body["cmd"], body["indir"]
-            outdir = body["outdir"] if "outdir" in body else body["outidr"]  # as an older client spells it
-            job_id, timeout = body.get("job", ""), body.get("timeout")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise BadRequestError('the body must be JSON {"cmd", "indir", "outdir"}') from None
-        if not all(isinstance(text, str) for text in (command, indir, outdir, job_id)):
-            raise BadRequestError('"cmd", "indir", "outdir" and "job" must be strings')
-        seconds = _seconds(timeout, self._node.limits.timeout)
-        tasks = self._node.run_job(self._kind, indir, outdir, command, job_id, seconds)
-        resp.content_type = falcon.MEDIA_JSON
-        resp.data = orjson.dumps({"tasks": tasks})
-
-
-class Cancel:
-    """POST /cancel?job=: ends this node's share of a job and all that it runs, or keeps it from beginning."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self._node.jobs.cancel(_needed(_parameters(req), "job"))
-        resp.text = "cancelled"
-
-
-def _parameters(req: falcon.Request) -> dict[str, str]:
-    # Falcon would replace bytes that are no UTF-8; here they stay, and the key rules refuse them.
-    return dict(parse_qsl(req.query_string, keep_blank_values=True, errors="surrogateescape"))
-
-
-def _needed(given: dict[str, str], name: str) -> str:
-    try:
-        return given[name]
-    except KeyError:
-        raise BadRequestError(f"the parameter {name!r} is missing") from None
-
-
-def _flag(given: dict[str, str], name: str) -> bool:
-    return given.get(name, "").lower() in ("true", "1", "yes")
-
-
-def _number(given: dict[str, str], name: str, most: int = 2**62) -> int:
-    text = given[name]
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
-        raise BadRequestError(f"{name}={text!r}: a whole number is needed")
-    return int(text)
-
-
-def _seconds(given: object, default: float) -> float:
-    try:
-        seconds = default if given is None else float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise BadRequestError(f"timeout={given!r}: a positive number of seconds is needed")
-    return seconds
-
-
 def _json_list(req: falcon.Request) -> list[Any]:
     try:
         body = orjson.loads(req.bounded_stream.read())
@@ -486,10 +453,6 @@ def _strings(body: list[Any]) -> list[str]:
     if not all(isinstance(text, str) for text in body):
         raise BadRequestError("the body must be a JSON list of strings")
     return body
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def _single(prepared: Prepared) -> Prepared:

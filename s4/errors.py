@@ -57,6 +57,10 @@ class ConflictError(S4Error):
     """The key exists already, or needs a folder where a key is (or the other way round)."""
 
 
+class OverlapError(S4Error):
+    """A job that must not overlap with its twin was submitted while the twin runs."""
+
+
 class BusyError(S4Error):
     """No slot became free within the time limit; trying again later is the right answer."""
 

@@ -58,14 +58,16 @@ def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
 
-def put_stored(caller: Caller, entries: Sequence[tuple[str, str, int, str]]) -> list[S4Error | None]:
-    """Store finished files, given as (path of the key, file, size, checksum), as one batch.
+def put_stored(
+    caller: Caller, job: str, entries: Sequence[tuple[str, str, int, str, int]]
+) -> list[S4Error | None]:
+    """Store outputs of a job, given as (path of the key, file, size, checksum, task), as one batch.
 
     Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
 
     def send(sock: socket.socket, index: int) -> str:
-        _path, file, size, checksum = entries[index]
+        _path, file, size, checksum, _task = entries[index]
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             send_stored(sock, fd, size)
@@ -73,19 +75,25 @@ def put_stored(caller: Caller, entries: Sequence[tuple[str, str, int, str]]) -> 
             os.close(fd)
         return checksum
 
-    return put_batch(caller, [(path, size) for path, _file, size, _checksum in entries], send)
+    return put_batch(
+        caller, [(path, size, task) for path, _file, size, _checksum, task in entries], send, job
+    )
 
 
 def put_batch(
-    caller: Caller, keys: Sequence[tuple[str, int]], send: Callable[[socket.socket, int], str]
+    caller: Caller,
+    keys: Sequence[tuple[str, int] | tuple[str, int, int]],
+    send: Callable[[socket.socket, int], str],
+    job: str = "",
 ) -> list[S4Error | None]:
     """Store keys, given as (path, size), as one batch. `send(sock, i)` sends exactly the bytes of key i and
-    returns their checksum, an empty one to have the key dropped.
+    returns their checksum, an empty one to have the key dropped. Outputs of a `job` are given as (path, size,
+    task).
 
     Returns per key None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
-    body = json.dumps([[url(path), size] for path, size in keys]).encode()
-    answer = _object(caller, caller.call("POST", "/prepare_puts", body=body))
+    body = json.dumps([[url(path), *rest] for path, *rest in keys]).encode()
+    answer = _object(caller, caller.call("POST", "/prepare_puts", {"job": job} if job else None, body))
     refused = _refusals(caller, answer, len(keys))
     wanted = [i for i, error in enumerate(refused) if error is None]
     if not wanted:

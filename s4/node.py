@@ -4,57 +4,54 @@ Every key that it is asked for must be its own by placement, so that a caller wi
 """
 
 import contextlib
-import logging
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from s4.config import Conf
-from s4.errors import BadRequestError, CancelledError, S4Error, WrongNodeError
-from s4.index import Database, JobRow, KeyIndex, Records
+from s4.errors import BadRequestError, BusyError, WrongNodeError
+from s4.evals import Evals
+from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Records, ShareRow
 from s4.index.keys import ListRow
-from s4.jobs import Jobs
-from s4.keys import new_job_id, owner, parse_key, parse_prefix, url
+from s4.index.query import run_query
+from s4.jobs import Jobs, outcome, row_of
+from s4.keys import owner, parse_key, parse_prefix, url
 from s4.recovery import recover
+from s4.shares import Parts
 from s4.storage import Storage
-from s4.transfers import Gate, Transfers, wait_for_slot
-from s4.workers import Kind, Pool, Ticket
-from s4.workers.tasks import Command, Ran
+from s4.transfers import Gate, Transfers
+from s4.workers import Kind, Pool
 
 WAITING_TRANSFERS = 16  # requests that may wait for a slot at once, or for bytes to arrive
 WAITING_JOBS = 16  # that may wait for the end of a job
 WAITING_REMOVALS = 4
 WAITING_EVALS = 8  # that may wait for a slot, beyond those whose commands run
-
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
-
-log = logging.getLogger("s4.node")
+WAITING_QUERIES = 4  # SQL queries at once
+LONGEST_WAIT = 30.0  # seconds that a request waits for the end of a job
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a node does at once: sends, receives (`io_jobs` each) and commands; seconds for a command."""
+    """How much a node does at once: sends, receives (`io_jobs` each) and commands; seconds for a command;
+    how many finished jobs it remembers, and for how many days, whichever is more."""
 
     io_jobs: int
     cpu_jobs: int
     timeout: float
+    keep_jobs: int
+    keep_days: float
 
     @property
     def waiting_requests(self) -> int:
         """How many requests may wait at once; a server needs more threads than that."""
-        return WAITING_TRANSFERS + WAITING_JOBS + WAITING_REMOVALS + WAITING_EVALS + self.cpu_jobs
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How an eval ended. `stdout` and `stderr` are descriptors of unnamed files; the receiver closes them."""
-
-    exitcode: int
-    stdout: int
-    stdout_size: int
-    stderr: int
-    stderr_size: int
+        return (
+            WAITING_TRANSFERS
+            + WAITING_JOBS
+            + WAITING_REMOVALS
+            + WAITING_EVALS
+            + WAITING_QUERIES
+            + self.cpu_jobs
+        )
 
 
 class Node:
@@ -71,12 +68,13 @@ class Node:
         self.database = Database(self.storage.index_path)
         self.keys = KeyIndex(self.database)
         self.records = Records(self.database)
-        recover(self.storage, self.keys, self.records)
+        self.job_index = JobIndex(self.database)
+        recover(self.storage, self.keys, self.records, self.job_index)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
-        self.evals = Gate(limits.cpu_jobs + WAITING_EVALS)
         self.removals = Gate(WAITING_REMOVALS)
         self.waiting_jobs = Gate(WAITING_JOBS)
+        self.queries = Gate(WAITING_QUERIES)
         self.transfers = Transfers(
             str(conf.servers[position]),
             address,
@@ -86,16 +84,18 @@ class Node:
             self.pool,
             Gate(WAITING_TRANSFERS),
         )
-        self.jobs = Jobs(
+        parts = Parts(
             conf,
             position,
             self.keys,
-            self.records,
+            self.job_index,
             self.storage,
             self.pool,
-            self.transfers.publish,
+            self.transfers,
             limits.cpu_jobs,
         )
+        self.jobs = Jobs(parts)
+        self.evals = Evals(parts, Gate(limits.cpu_jobs + WAITING_EVALS))
 
     def own_key(self, text: str) -> str:
         """The path of a key that belongs here. Raises BadKeyError or WrongNodeError."""
@@ -126,97 +126,61 @@ class Node:
         else:
             self.keys.remove(self.own_key(prefix), self.storage.unlink)
 
-    def evaluate(
-        self, key: str, command: str, job_id: str, timeout: float, abandoned: Callable[[], bool]
-    ) -> Evaluation:
-        """Run a command with a key's data as its input, for at most `timeout` seconds.
+    def submit(self, job: JobRow, *, no_overlap: bool = False) -> ShareRow:
+        """Start this node's share of a job and return at once how far it is. Raises S4Error."""
+        return row_of(self.jobs.start(job, no_overlap=no_overlap))
 
-        `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
-        BusyError, TimeLimitError.
-        """
-        path = self.own_key(key)
-        self.keys.get(path)
-        row = JobRow(self._job_id(job_id), "eval", url(path), "", checked_command(command))
-        work = f"{row.id}.0"
-        task = Command(
-            row.command,
-            self.storage.temporary_folder(work),
-            self.storage.temporary_file(work),
-            "eval",
-            self.storage.real_path(path),
-            [],
-            {"filename": os.path.basename(path)},
-        )
-        with self.evals.waiting():
-            ticket = self.pool.submit(Ticket(Kind.COMPUTE, task, time_limit=timeout, urgent=True))
-            wait_for_slot(self.pool, ticket)
-            try:
-                self.records.job_began(row)
-                ran = self._wait(ticket, abandoned)
-            except BaseException as e:
-                self.pool.cancel(ticket, S4Error("the eval failed"))
-                with contextlib.suppress(S4Error):
-                    ticket.result()
-                self.storage.discard(row.id)
-                self.records.job_ended(row.id, "failed", 1, 0, str(e))
-                raise
-        error = None if ran.exitcode == 0 else f"exit code {ran.exitcode}"
-        self.records.job_ended(row.id, "failed" if error else "done", 1, 1, error)
-        stdout, stderr = ran.outputs[0], ran.stderr
-        assert stderr is not None
-        with contextlib.ExitStack() as unlinked:
-            unlinked.callback(os.unlink, stdout.file)
-            unlinked.callback(os.unlink, stderr.file)
-            return Evaluation(
-                ran.exitcode,
-                os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC),
-                stdout.size,
-                os.open(stderr.file, os.O_RDONLY | os.O_CLOEXEC),
-                stderr.size,
-            )
-
-    def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:
-        while True:
-            try:
-                answer = ticket.result(0.5)
-            except TimeoutError:
-                if abandoned():
-                    self.pool.cancel(ticket, CancelledError("the caller went away"))
-                continue
-            assert isinstance(answer, Ran)
-            return answer
-
-    def run_job(self, kind: str, indir: str, outdir: str, command: str, job_id: str, timeout: float) -> int:
+    def run_job(self, job: JobRow, *, no_overlap: bool = False) -> int:
         """Run this node's share of a job to its end; returns its number of tasks. Raises S4Error."""
-        row = JobRow(self._job_id(job_id), kind, indir, outdir, checked_command(command))
         with self.waiting_jobs.waiting():
-            return self.jobs.start(row, timeout).wait()
+            return outcome(self.jobs.start(job, no_overlap=no_overlap))
 
-    def _job_id(self, job_id: str) -> str:
-        if not job_id:
-            return new_job_id()
-        if not _JOB_ID.fullmatch(job_id):
-            raise BadRequestError(f"bad job id {job_id!r}: letters, digits and '-', at most 64")
-        return job_id
+    def plan(self, job: JobRow) -> dict[str, Any]:
+        """What this node's share of a job would be. Raises S4Error."""
+        with self.waiting_jobs.waiting():
+            return self.jobs.plan(job)
+
+    def await_job(self, job_id: str, seconds: float) -> ShareRow:
+        """A share once it has ended, or after so many seconds, or now if too many wait.
+
+        Raises MissingError.
+        """
+        share = self.jobs.running(job_id)
+        if share is not None and seconds > 0:
+            with contextlib.suppress(BusyError), self.waiting_jobs.waiting():
+                share.ended.wait(min(seconds, LONGEST_WAIT))
+        return self.jobs.status(job_id)
+
+    def cancel(self, job_id: str, run: int | None) -> ShareRow:
+        """End a job or an eval here and everything it runs; its record afterwards. Raises MissingError."""
+        self.evals.cancel(job_id)
+        return self.jobs.cancel(job_id, run)
+
+    def stat(self, key: str) -> tuple[KeyRow, str]:
+        """A key's row and the path of its file. Raises MissingError."""
+        path = self.own_key(key)
+        return self.keys.get(path), self.storage.real_path(path)
+
+    def query(self, sql: str, limit: int) -> Iterator[Sequence[Any]]:
+        """The names of the columns, then the rows of a query that only reads. Raises S4Error, also between
+        rows."""
+        with self.queries.waiting():
+            yield from run_query(self.storage.index_path, sql, limit)
 
     def keep_house(self) -> None:
         """What has to be done now and then; called about once a second."""
         self.transfers.expire()
-        self.jobs.forget_finished(60)
+        self.jobs.forget_cancelled()
+
+    def prune(self) -> None:
+        """Forget old jobs; called now and then."""
+        self.job_index.prune(self.limits.keep_jobs, self.limits.keep_days * 24 * 3600)
 
     def stop(self) -> None:
         """End everything that is under way, in the order: jobs (they would start more), then workers."""
         self.jobs.stop()
         self.pool.stop()
+        self.evals.wait()
         self.storage.empty_temporary()
         self.database.close()
         self.storage.close()
-
-
-def checked_command(command: str) -> str:
-    """A command as bash can take it. Raises BadRequestError for an empty one or one with NUL."""
-    if not command.strip():
-        raise BadRequestError("the command is empty")
-    if "\0" in command:
-        raise BadRequestError("the command holds a NUL character")
-    return command

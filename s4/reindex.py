@@ -9,7 +9,7 @@ from itertools import islice
 
 from s4.config import Conf
 from s4.errors import BadKeyError, DamagedIndexError
-from s4.index import Database, KeyIndex, KeyRow, Records
+from s4.index import Database, JobIndex, KeyIndex, KeyRow, Records
 from s4.keys import owner, parse_key
 from s4.recovery import recover
 from s4.storage import Storage
@@ -28,7 +28,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     storage = Storage(data)
     database = _open(storage.index_path)
     keys = KeyIndex(database)
-    recover(storage, keys, Records(database))
+    recover(storage, keys, Records(database), JobIndex(database))
     cpus = len(os.sched_getaffinity(0))
     pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)
     counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}

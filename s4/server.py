@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from s4.config import Server, local_address, own_position, read_conf, timeout_setting
+from s4.config import CONF_ENVIRONMENT, Conf, Server, local_address, own_position, read_conf, timeout_setting
 from s4.errors import FAILED, MISUSE, S4Error, StoppingError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _CPUS = len(os.sched_getaffinity(0))
 
 HOUSEKEEPING_SECONDS = 1.0
+PRUNE_SECONDS = 10.0
 STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
 SPARE_THREADS = 8  # of waitress, beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
@@ -39,6 +41,22 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1
+    if not 0 <= days < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days, 0 or more")
+    return days
 
 
 def _port(text: str) -> int:
@@ -70,6 +88,8 @@ _PLACE = [
 _LIMITS = [
     _Setting("max-io-jobs", _positive, 4 * _CPUS, "sends, and receives, at once"),
     _Setting("max-cpu-jobs", _positive, _CPUS + 2, "commands at once"),
+    _Setting("keep-jobs", _count, 1000, "finished jobs whose records are kept at least"),
+    _Setting("keep-days", _days, 7.0, "days that records of finished jobs are kept at least"),
 ]
 _LOCAL = [
     _Setting("nodes", _positive, 3, "how many nodes to run"),
@@ -146,7 +166,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     own = conf.servers[position]
     address = local_address(own.host)
     assert address is not None  # otherwise it would not be our line
-    limits = Limits(arguments.max_io_jobs, arguments.max_cpu_jobs, timeout)
+    limits = Limits(
+        arguments.max_io_jobs, arguments.max_cpu_jobs, timeout, arguments.keep_jobs, arguments.keep_days
+    )
+    _prepare_environment(conf, own)
     node = Node(conf, position, address, arguments.data, limits)
     tempfile.tempdir = node.storage.temporary_file("")  # where waitress spools, on the disk of the data
     sockets: dict[int, Any] = {}
@@ -217,12 +240,23 @@ def _keep_house(node: "Node") -> None:
         try:
             node.keep_house()
             if time.monotonic() > prune_at:
-                prune_at = time.monotonic() + 3600
-                node.records.prune_jobs()
+                prune_at = time.monotonic() + PRUNE_SECONDS
+                node.prune()
         except StoppingError:
             return
         except Exception:
             log.exception("housekeeping failed; it goes on")
+
+
+def _prepare_environment(conf: Conf, own: Server) -> None:
+    """What commands inherit: who runs them, and what they need to call `s4` themselves."""
+    os.environ["S4_NODE"] = str(own)
+    if os.path.exists(conf.source):  # not the built-in default
+        os.environ[CONF_ENVIRONMENT] = os.path.abspath(conf.source)
+    path = os.environ.get("PATH", os.defpath)
+    own_folder = os.path.dirname(os.path.abspath(sys.argv[0]))
+    if shutil.which("s4", path=path) is None and shutil.which("s4", path=own_folder) is not None:
+        os.environ["PATH"] = f"{path}:{own_folder}"
 
 
 def _start_log() -> None:

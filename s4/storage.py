@@ -154,10 +154,10 @@ class Storage:
             os.rmdir(folder)
 
     def discard(self, name: str) -> None:
-        """Remove what a task of that name left in the temporary folders."""
+        """Remove what a task, or all tasks of a job, left in the temporary folders: NAME and NAME.…"""
         for folder in ("_tempfiles", "_tempdirs"):
             for entry in os.scandir(os.path.join(self.root, folder)):
-                if entry.name.startswith(name + "."):
+                if entry.name == name or entry.name.startswith(name + "."):
                     remove_tree(entry.path)
 
     def empty_temporary(self) -> None:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from s4.errors import (
     BadRequestError,
@@ -23,7 +24,7 @@ from s4.errors import (
     StoppingError,
     TransferError,
 )
-from s4.index import KeyIndex, Records
+from s4.index import KeyIndex, NewKey, Records, Transaction
 from s4.keys import url
 from s4.storage import Storage
 from s4.workers import Kind, Pool, Ticket
@@ -36,8 +37,18 @@ TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other
 
 log = logging.getLogger("s4.transfers")
 
-# Makes finished files keys of this node, given as (path, file); per file None or why it was refused.
-Publish = Callable[[Sequence[tuple[str, StoredFile]]], list[S4Error | None]]
+
+class Finished(NamedTuple):
+    """A finished file, the path of the key that it is to become, and which task of which job made it."""
+
+    path: str
+    file: StoredFile
+    job: str | None = None
+    task: int | None = None
+
+
+# Writes more into the transaction that makes keys of files; the second argument is the outcome for each.
+Also = Callable[[Transaction, Sequence[S4Error | None]], None]
 
 
 class Gate:
@@ -77,6 +88,7 @@ class _Transfer:
     paths: list[str]
     ticket: Ticket
     files: list[str]  # of a put: where the bytes arrive
+    makers: list[tuple[str | None, int | None]] = field(default_factory=list)  # and the job and task of each
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,31 +128,35 @@ class Transfers:
         self._transfers: dict[str, _Transfer] = {}
         self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
 
-    def prepare_put(self, entries: Sequence[tuple[str, int | None]], peer: str) -> Prepared:
-        """Get ready to receive keys, given as (path, size), from the address `peer`.
+    def prepare_put(
+        self, entries: Sequence[tuple[str, int | None, int | None]], peer: str, job: str | None = None
+    ) -> Prepared:
+        """Get ready to receive keys, given as (path, size, task), from the address `peer`.
 
-        Only a single key may have None for a size. Raises BusyError if no slot becomes free in time.
+        Only a single key may have None for a size. `job` and the numbers of its tasks say what made them.
+        Raises BusyError if no slot becomes free in time.
         """
         refused: list[S4Error | None] = []
         seen: set[str] = set()
-        for path, _size in entries:
+        for path, _size, task in entries:
             twice = ConflictError(f"{url(path)} is there twice") if path in seen else None
-            refused.append(twice or self._keys.conflict(path))
+            refused.append(twice or self._keys.conflict(path, job, task))
             seen.add(path)
         wanted = [entry for entry, error in zip(entries, refused, strict=True) if error is None]
         if not wanted:
             return Prepared("", 0, refused, [])
         name = str(uuid.uuid4())
         files = [self._storage.temporary_file(f"{name}.{i}") for i in range(len(wanted))]
-        sizes = [size for _path, size in wanted]
+        sizes = [size for _path, size, _task in wanted]
         with self._listener() as listener:
             port: int = listener.getsockname()[1]
-            task = Receive(files, sizes, peer)
-            ticket = self._start(Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())]))
+            receive = Receive(files, sizes, peer)
+            ticket = self._start(Ticket(Kind.RECEIVE, receive, [os.dup(listener.fileno())]))
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        paths = [path for path, _size in wanted]
+        paths = [path for path, _size, _task in wanted]
+        makers = [(job, task) for _path, _size, task in wanted]
         self._records.transfer_began(name, "put", paths, total, peer)
-        self._transfers[name] = _Transfer(name, paths, ticket, files)
+        self._transfers[name] = _Transfer(name, paths, ticket, files, makers)
         return Prepared(name, port, refused, [])
 
     def confirm_put(self, name: str, checksums: Sequence[str]) -> list[S4Error | None]:
@@ -191,11 +207,12 @@ class Transfers:
         self, transfer: _Transfer, received: Received, checksums: Sequence[str]
     ) -> list[S4Error | None]:
         outcome: list[S4Error | None] = []
-        good: list[tuple[str, StoredFile]] = []
-        for path, file, checksum in zip(transfer.paths, received.files, checksums, strict=True):
+        good: list[Finished] = []
+        arrived = zip(transfer.paths, received.files, transfer.makers, checksums, strict=True)
+        for path, file, maker, checksum in arrived:
             if file.checksum == checksum:
                 outcome.append(None)
-                good.append((path, file))
+                good.append(Finished(path, file, *maker))
             else:
                 outcome.append(
                     TransferError(
@@ -205,21 +222,26 @@ class Transfers:
         results = iter(self.publish(good))
         return [error if error is not None else next(results) for error in outcome]
 
-    def publish(self, files: Sequence[tuple[str, StoredFile]]) -> list[S4Error | None]:
-        """Make finished files keys of this node, given as (path, file), in few transactions.
+    def publish(
+        self, files: Sequence[Finished], also: Also = lambda _db, _outcome: None
+    ) -> list[S4Error | None]:
+        """Make finished files keys of this node, in few transactions.
 
-        Returns per key None or why it was refused; the file is still there then.
+        `also(db, outcome)` is called in each, with the outcome of its files. Returns per key None or why it
+        was refused; the file is still there then, or if an earlier attempt had made the same key.
         """
         outcome: list[S4Error | None] = []
         for start in range(0, len(files), TRANSACTION_KEYS):
-            outcome += self._publish_together(files[start : start + TRANSACTION_KEYS])
+            chunk = files[start : start + TRANSACTION_KEYS]
+            outcome += self._publish_together(chunk, also)
         return outcome
 
-    def _publish_together(self, files: Sequence[tuple[str, StoredFile]]) -> list[S4Error | None]:
+    def _publish_together(self, files: Sequence[Finished], also: Also) -> list[S4Error | None]:
         return self._keys.add(
-            [(path, file.size, file.checksum) for path, file in files],
-            lambda i: self._storage.publish(files[i][1].file, files[i][0]),
+            [NewKey(path, file.size, file.checksum, job, task) for path, file, job, task in files],
+            lambda i: self._storage.publish(files[i].file.file, files[i].path),
             self._storage.unlink,
+            also,
         )
 
     def prepare_get(
@@ -258,7 +280,9 @@ class Transfers:
         held = [row.path for row in found]
         self._records.transfer_began(name, "get", held, total, peer)
         checksums = [row.checksum for row in found]
-        self._transfers[name] = _Transfer(name, held, ticket, [], checksums, confirmed_by_caller=confirmed)
+        self._transfers[name] = _Transfer(
+            name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed
+        )
         return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
 
     def confirm_get(self, name: str, checksum: str) -> None:

@@ -1,5 +1,6 @@
 """The index on a real SQLite file: migrations, prefix ranges, what queries cost, and the sums of buckets."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -12,9 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4.errors import ConflictError, MissingError, S4Error
-from s4.index import Database, JobRow, KeyIndex, KeyRow, Records
+from s4.errors import BadRequestError, ConflictError, MissingError, S4Error
+from s4.index import (
+    Counts,
+    Database,
+    JobIndex,
+    JobRow,
+    KeyIndex,
+    KeyRow,
+    NewKey,
+    NewTask,
+    Records,
+    TaskChange,
+)
 from s4.index import keys as index_keys
+from s4.index.query import run_query
+from s4.index.schema import MEANINGS, schema
 
 OPEN = "import sys; from s4.index import Database; Database(sys.argv[1]).close()"
 
@@ -86,24 +100,35 @@ def test_a_file_that_is_no_database_is_reported_and_left_alone(folder: Path) -> 
 
 
 def test_the_schema_says_what_its_columns_mean(database: Database) -> None:
-    found = database.read().execute("select name, sql from sqlite_master where type in ('table', 'view')")
-    schema = {name: sql for name, sql in found if not name.startswith(("_", "sqlite_"))}
-    assert set(schema) == {"keys", "buckets", "transfers", "removals", "jobs", "recent_keys", "recent_jobs"}
-    assert "-- bytes" in schema["keys"] and "xxh64" in schema["keys"]
-    assert "-- what failed" in schema["jobs"]
+    found = schema(database)
+    assert {(table, column) for table, column, _type, _meaning in found} == {
+        (table, column) for table, columns in MEANINGS.items() for column in columns
+    }
+    assert all(meaning for _table, _column, _type, meaning in found)
+    assert ("keys", "size", "INTEGER", "bytes") in found
 
 
 def test_views_show_keys_and_jobs_to_people(database: Database) -> None:
     _fill(database, {"b/000"}, size=7)
-    records = Records(database)
-    records.job_began(JobRow("id", "map", "s4://b/", "s4://c/", "cat \udcff"))
-    records.job_ended("id", "failed", 2, 1, "what failed")
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("id", "map", "s4://b/", "s4://c/", "cat \udcff"))
+    jobs.add_tasks("id", [NewTask(0, "b/000", 1, 7), NewTask(3, "b/003", 1, 7)])
+    changes = [
+        TaskChange(0, "done", 1),
+        TaskChange(3, "failed", 2, exit_code=3, error="exit code 3", stderr=b"no"),
+    ]
+    jobs.progress("id", changes, Counts())
+    jobs.end("id", "failed", "what failed")
+    assert jobs.share("id").job.command == "cat \udcff"
     read = database.read()
     assert read.execute("select created, size, key from recent_keys").fetchall() == [
         ("1970-01-01 00:00:00", 7, "s4://b/000")
     ]
     assert read.execute("select kind, state, progress, error from recent_jobs").fetchall() == [
         ("map", "failed", "1/2", "what failed")
+    ]
+    assert read.execute("select task, attempt, exit_code, error, stderr from failed_tasks").fetchall() == [
+        (3, 2, 3, "exit code 3", "no")
     ]
 
 
@@ -187,7 +212,7 @@ def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[t
     for what, path, size in changes:
         match what:
             case "add":
-                index.add([(path, size, "0")], lambda _i: None, lambda _path: None)
+                index.add([NewKey(path, size, "0")], lambda _i: None, lambda _path: None)
             case "remove":
                 try:
                     index.remove(path, lambda _path: None)
@@ -211,7 +236,8 @@ def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[t
 def test_of_one_key_only_the_first_is_added(database: Database) -> None:
     index = KeyIndex(database)
     placed: list[int] = []
-    rows = [("b/x", 1, "a"), ("b/x", 2, "b"), ("b/x/y", 3, "c"), ("b", 4, "d"), ("b/z", 5, "e")]
+    given = [("b/x", 1, "a"), ("b/x", 2, "b"), ("b/x/y", 3, "c"), ("b", 4, "d"), ("b/z", 5, "e")]
+    rows = [NewKey(*key) for key in given]
     outcome = index.add(rows, placed.append, lambda _path: None)
     assert [type(error) for error in outcome[:3]] == [type(None), ConflictError, ConflictError]
     assert index.get("b/x").size == 1 and index.get("b/z").size == 5
@@ -225,7 +251,7 @@ def test_a_key_whose_bytes_cannot_be_placed_is_not_there(database: Database) -> 
         if i == 1:
             raise S4Error("no")
 
-    outcome = index.add([(f"b/{i}", 1, "a") for i in range(3)], place, lambda _path: None)
+    outcome = index.add([NewKey(f"b/{i}", 1, "a") for i in range(3)], place, lambda _path: None)
     assert [str(error) for error in outcome] == ["None", "no", "None"]
     assert _listed(index, "") == ["b/0", "b/2"]
 
@@ -237,9 +263,9 @@ def test_an_unexpected_failure_in_the_middle_adds_nothing(database: Database) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        index.add([("b/0", 1, "a")], place, lambda _path: None)
+        index.add([NewKey("b/0", 1, "a")], place, lambda _path: None)
     assert _listed(index, "") == []
-    index.add([("b/0", 1, "a")], lambda _i: None, lambda _path: None)
+    index.add([NewKey("b/0", 1, "a")], lambda _i: None, lambda _path: None)
     assert _listed(index, "") == ["b/0"]
 
 
@@ -276,7 +302,7 @@ def test_writing_always_searches_by_the_primary_key(database: Database) -> None:
     statements = list[str]()
     with database.write() as db:
         db.set_trace_callback(statements.append)
-    index.add([("b/new/x", 1, "0")], lambda _i: None, lambda _path: None)
+    index.add([NewKey("b/new/x", 1, "0")], lambda _i: None, lambda _path: None)
     index.remove("b/new/x", lambda _path: None)
     index.remove_prefix("b/2", lambda _path: None)
     index.forget(["b/1/1"])
@@ -326,13 +352,94 @@ def test_what_a_crash_left_is_named_and_then_forgotten(database: Database) -> No
     records.transfer_began("u2", "get", ["b/other"], 5, "::1")
     records.transfer_began("u3", "put", ["b/confirmed"], 5, "::1")
     records.transfer_ended("u3")
-    assert records.job_began(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
-    assert not records.job_began(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
     paths, prefixes = records.left_by_crash()
-    assert (sorted(paths), prefixes) == (['b/"quoted"', "b/é"], ["b/out/"])
+    assert (sorted(paths), prefixes) == (['b/"quoted"', "b/é"], [])
     records.forget_crash()
     assert records.left_by_crash() == ([], [])
-    assert database.read().execute("select state from jobs").fetchall() == [("interrupted",)]
+
+
+def test_what_ran_when_the_node_stopped_is_lost_and_the_rest_never_began(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(i, f"b/in/{i}", 1, 10) for i in range(3)])
+    jobs.listed("j", Counts(tasks=3))
+    jobs.progress("j", [TaskChange(0, "done", 1, bytes_out=4), TaskChange(1, "running", 1)], Counts(tasks=3))
+    assert jobs.running_outdirs() == ["s4://b/out/"]
+    jobs.interrupt_running()
+    assert jobs.running_outdirs() == []
+    share = jobs.share("j")
+    assert (share.state, share.counts) == ("interrupted", Counts(3, 1, 1, 1, 0, 20, 4))
+    [tasks] = jobs.tasks("j")
+    assert [task["state"] for task in tasks] == ["done", "failed", "cancelled"]
+    jobs.begin_again("j", 2)
+    assert [(task.task, attempt) for task, attempt in jobs.waiting("j", -1, 10)] == [(1, 1), (2, 0)]
+    assert (jobs.share("j").state, jobs.share("j").job.run) == ("running", 2)
+
+
+def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
+    index = KeyIndex(database)
+    removed: list[str] = []
+
+    def add(*keys: NewKey) -> list[str]:
+        return [type(e).__name__ for e in index.add(keys, lambda _i: None, removed.append)]
+
+    assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"]
+    assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"] and removed == []
+    assert add(NewKey("b/x", 2, "b", "j", 7)) == ["NoneType"] and removed == ["b/x"]
+    assert add(NewKey("b/x", 3, "c", "j", 8)) == ["ConflictError"]
+    assert add(NewKey("b/x", 3, "c", "k", 7)) == ["ConflictError"]
+    assert add(NewKey("b/x", 3, "c")) == ["ConflictError"]
+    assert index.get("b/x")[1:3] == (2, "b")
+
+
+def _queried(database: Database, sql: str, limit: int = 100) -> list[object]:
+    return [list(row) for row in run_query(database.path, sql, limit)]
+
+
+def test_a_query_can_read(database: Database) -> None:
+    _fill(database, {"b/000", "b/001"})
+    assert _queried(database, "select path, x'00ff' as raw from keys") == [
+        ["path", "raw"],
+        ["b/000", b"\x00\xff"],
+        ["b/001", b"\x00\xff"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "delete from keys",
+        "select 1; delete from keys",
+        "attach 'other.db' as o",
+        "pragma user_version = 5",
+        "vacuum into 'copy.db'",
+        "create table t (x)",
+        "insert into keys values ('b/x', 1, '', 0, null, null) returning path",
+        "begin immediate",
+        "select load_extension('x')",
+        "selec 1",
+        "select '",
+        "",
+        "-- nothing",
+        "select \0",
+        "select zeroblob(1000000000)",
+    ],
+)
+def test_a_query_that_does_more_or_is_wrong_is_refused(database: Database, sql: str) -> None:
+    _fill(database, {"b/000"})
+    with pytest.raises(BadRequestError):
+        _queried(database, sql)
+    assert _listed(KeyIndex(database), "") == ["b/000"]
+    assert os.listdir(os.path.dirname(database.path)).count("copy.db") == 0
+
+
+def test_a_query_has_limits(database: Database) -> None:
+    endless = "with recursive n(x) as (select 1 union all select x + 1 from n) select x from n"
+    with pytest.raises(BadRequestError, match="more than 10 rows"):
+        _queried(database, endless, 10)
+    assert len(_queried(database, endless + " limit 10", 10)) == 11
+    with pytest.raises(BadRequestError, match="longer than 5 seconds"):
+        _queried(database, endless.replace("select x from", "select sum(x) from"))
 
 
 def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database: Database) -> None:
@@ -343,6 +450,6 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
             " values (?, 'map', '', '', '', ?, ?)",
             [*old, ("hangs", "running", -1.0)],
         )
-    Records(database).prune_jobs()
+    JobIndex(database).prune(1000, 7 * 24 * 3600)
     left = {job for (job,) in database.read().execute("select id from jobs")}
     assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}

@@ -119,13 +119,17 @@ def test_workers_never_touch_the_index(module: str) -> None:
 
 
 def test_only_the_surface_knows_http_servers() -> None:
-    assert {module for module in MODULES if "falcon" in IMPORTS[module]} == {"s4.api"}
+    assert {module for module in MODULES if "falcon" in IMPORTS[module]} == {
+        "s4.api",
+        "s4.job_api",
+        "s4.parameters",
+    }
     assert {module for module in MODULES if "waitress" in IMPORTS[module]} == {"s4.server"}
     assert not {"falcon", "waitress"} & _reached("s4.node")
 
 
 def test_http_resources_hold_no_sql_and_no_processes() -> None:
-    assert not IMPORTS["s4.api"] & {
+    assert not (IMPORTS["s4.api"] | IMPORTS["s4.job_api"]) & {
         "sqlite3",
         "sqlite_utils",
         "subprocess",
@@ -192,9 +196,11 @@ def test_every_command_is_in_the_table_of_the_readme(command: str) -> None:
     assert [column for column in first_columns if re.search(rf"`{command}(?![-\w])", column)]
 
 
-@pytest.mark.parametrize("option", ["port", "conf", "data", "max-io-jobs", "max-cpu-jobs"])
+@pytest.mark.parametrize(
+    "option", ["port", "conf", "data", "max-io-jobs", "max-cpu-jobs", "keep-jobs", "keep-days"]
+)
 def test_every_option_of_the_server_is_in_the_readme(option: str) -> None:
-    assert re.search(rf"^\| `--{option}\b", (TOP / "README.md").read_text(), re.MULTILINE)
+    assert re.search(rf"^\|.* `--{option}\b", (TOP / "README.md").read_text(), re.MULTILINE)
 
 
 def test_every_error_says_what_it_means() -> None:

@@ -1,7 +1,21 @@
 """The SQLite index of a node: what exists and what is going on. It knows neither files nor HTTP."""
 
-from s4.index.database import Database
-from s4.index.keys import KeyIndex, KeyRow
-from s4.index.records import JobRow, Records
+from s4.index.database import Database, Transaction
+from s4.index.jobs import Counts, JobIndex, JobRow, NewTask, ShareRow, TaskChange
+from s4.index.keys import KeyIndex, KeyRow, NewKey
+from s4.index.records import Records
 
-__all__ = ["Database", "JobRow", "KeyIndex", "KeyRow", "Records"]
+__all__ = [
+    "Counts",
+    "Database",
+    "JobIndex",
+    "JobRow",
+    "KeyIndex",
+    "KeyRow",
+    "NewKey",
+    "NewTask",
+    "Records",
+    "ShareRow",
+    "TaskChange",
+    "Transaction",
+]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from s4.errors import DamagedIndexError, S4Error, StoppingError
 
@@ -22,6 +23,10 @@ _PRAGMAS = """
     PRAGMA temp_store = MEMORY;
     PRAGMA cache_size = -1000;
 """
+
+
+# What `write` gives: the connection, inside a transaction.
+Transaction: TypeAlias = sqlite3.Connection
 
 
 class Database:
@@ -52,7 +57,7 @@ class Database:
         return connection
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
+    def write(self) -> Iterator[Transaction]:
         """One transaction; rolled back if the block raises. Raises S4Error if SQLite fails."""
         with self._write_lock:
             if self._closed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from s4.errors import ConflictError, MissingError, S4Error
-from s4.index.database import Database
+from s4.index.database import Database, Transaction
 from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
@@ -20,12 +20,25 @@ _LAST = b""  # above every path: to SQLite any blob is larger than any text
 
 
 class KeyRow(NamedTuple):
-    """A key in the index: `size` in bytes, `checksum` xxh64 in hex, `created_s` seconds since 1970."""
+    """A key in the index: `size` in bytes, `checksum` xxh64 in hex, `created_s` seconds since 1970; the job
+    and the number of the task that made it, None for a put."""
 
     path: str
     size: int
     checksum: str
     created_s: int
+    job: str | None = None
+    task: int | None = None
+
+
+class NewKey(NamedTuple):
+    """A key to be created; fields as those of KeyRow."""
+
+    path: str
+    size: int
+    checksum: str
+    job: str | None = None
+    task: int | None = None
 
 
 class ListRow(NamedTuple):
@@ -46,7 +59,7 @@ class KeyIndex:
         """The row of a key. Raises MissingError."""
         found = (
             self._db.read()
-            .execute("SELECT path, size, checksum, created_s FROM keys WHERE path = ?", (path,))
+            .execute("SELECT path, size, checksum, created_s, job, task FROM keys WHERE path = ?", (path,))
             .fetchone()
         )
         if found is None:
@@ -63,46 +76,76 @@ class KeyIndex:
                 rows.append(None)
         return rows
 
-    def conflict(self, path: str) -> ConflictError | None:
+    def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
         """Why a key cannot be created: it exists, or a key stands where it needs a folder, or it would
-        stand where keys need a folder."""
-        return _conflict(self._db.read(), path)
+        stand where keys need a folder. A key that the same task of the same job made does not stand in its
+        own way."""
+        return _conflict(self._db.read(), path, job, task)
 
     def add(
         self,
-        rows: Sequence[tuple[str, int, str]],
+        rows: Sequence[NewKey],
         place: Callable[[int], None],
         unlink: Callable[[str], None],
+        also: Callable[[Transaction, list[S4Error | None]], None] = lambda _db, _outcome: None,
     ) -> list[S4Error | None]:
-        """Create keys, given as (path, size, checksum), in one transaction: the commit point of s4.
+        """Create keys in one transaction: the commit point of s4.
 
         `place(i)` puts the bytes of row i where they belong; it runs after the row was inserted and before
-        the commit, and may raise S4Error to refuse. Returns per row None or why it was refused; refused
-        rows leave nothing. Raises S4Error if nothing could be committed, after `unlink(path)` of what was
-        placed.
+        the commit, and may raise S4Error to refuse. A key that an earlier attempt of the same task made is
+        replaced, or left as it is if its bytes are the same. `also(db, outcome)` writes more into the same
+        transaction. Returns per row None or why it was refused; refused rows leave nothing. Raises S4Error
+        if nothing could be committed, after `unlink(path)` of what was placed.
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
+        kept = self._drop_earlier(rows, unlink)
         try:
             with self._db.write() as db:
-                for i, (path, size, checksum) in enumerate(rows):
-                    refused: S4Error | None = _conflict(db, path)
-                    if refused is None:
-                        db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (path, size, checksum, now))
-                        try:
-                            place(i)
-                        except S4Error as e:
-                            db.execute("DELETE FROM keys WHERE path = ?", (path,))
-                            refused = e
+                for i, row in enumerate(rows):
+                    refused: S4Error | None = None
+                    if row.path not in kept:
+                        refused = _conflict(db, row.path)
+                        if refused is None:
+                            refused = self._insert(db, row, now, place, i)
                     outcome.append(refused)
+                also(db, outcome)
         except S4Error:
-            placed = [row[0] for row, refused in zip(rows, outcome, strict=False) if refused is None]
+            placed = [row.path for row, refused in zip(rows, outcome, strict=False) if refused is None]
             with self._db.exclusive():
-                for path, row in zip(placed, self.get_all(placed), strict=True):
-                    if row is None:
+                for path, found in zip(placed, self.get_all(placed), strict=True):
+                    if found is None:
                         unlink(path)
             raise
         return outcome
+
+    def _insert(
+        self, db: sqlite3.Connection, row: NewKey, now: int, place: Callable[[int], None], i: int
+    ) -> S4Error | None:
+        path, size, checksum, job, task = row
+        db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?)", (path, size, checksum, now, job, task))
+        try:
+            place(i)
+        except S4Error as e:
+            db.execute("DELETE FROM keys WHERE path = ?", (path,))
+            return e
+        return None
+
+    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[str], None]) -> set[str]:
+        """Remove what earlier attempts of the same tasks made, but for the keys that are the same again,
+        which are returned."""
+        kept = set()
+        for row in rows:
+            if row.job is None:
+                continue
+            for found in self.get_all([row.path]):
+                if found is None or (found.job, found.task) != (row.job, row.task):
+                    continue
+                if (found.size, found.checksum) == (row.size, row.checksum):
+                    kept.add(row.path)
+                else:
+                    self.remove(row.path, unlink)
+        return kept
 
     def remove(self, path: str, unlink: Callable[[str], None]) -> None:
         """Remove one key. Raises MissingError. `unlink(path)` runs after the commit."""
@@ -184,7 +227,7 @@ class KeyIndex:
         """Add or correct rows of files that are in place already: for reindex."""
         with self._db.write() as db:
             db.executemany("DELETE FROM keys WHERE path = ?", [(row.path,) for row in rows])
-            db.executemany("INSERT INTO keys VALUES (?, ?, ?, ?)", rows)
+            db.executemany("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, paths: Sequence[str]) -> None:
         """Drop rows whose files are gone: for reindex."""
@@ -228,16 +271,19 @@ def bounds(prefix: str) -> tuple[str, str | bytes]:
     return prefix, _LAST if end is None else end
 
 
-def _conflict(db: sqlite3.Connection, path: str) -> ConflictError | None:
+def _conflict(
+    db: sqlite3.Connection, path: str, job: str | None = None, task: int | None = None
+) -> ConflictError | None:
     below = path + "/"
     found = db.execute(
-        "SELECT path FROM keys WHERE path = ? OR (path >= ? AND path < ?) LIMIT 1",
+        "SELECT path, job, task FROM keys WHERE path = ? OR (path >= ? AND path < ?) LIMIT 1",
         (path, below, path + "0"),
     ).fetchone()
     if found is not None:
-        if found[0] == path:
+        if found[0] != path:
+            return ConflictError(f"{url(path)} is a folder here: {url(found[0])} stands in it")
+        if job is None or found[1:] != (job, task):
             return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
-        return ConflictError(f"{url(path)} is a folder here: {url(found[0])} stands in it")
     parts = path.split("/")
     for i in range(2, len(parts)):
         above = "/".join(parts[:i])

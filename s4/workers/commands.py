@@ -9,7 +9,7 @@ from s4.streams import checksum_of
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
-TAIL_BYTES = 64 * 1024  # of stderr, kept for the report
+TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of the task
 
 
 class Commands:
@@ -33,11 +33,13 @@ class Commands:
                 made.append(stdin)
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
-            exitcode = self._shell.run(task.command, task.folder, stdin, stdout, stderr, task.environment)
+            exitcode, usage = self._shell.run(
+                task.command, task.folder, stdin, stdout, stderr, task.environment
+            )
             outputs: list[StoredFile] = []
             problem = ""
             errors: StoredFile | None = None
-            tail = b""
+            tail = read_tail(stderr)
             if task.collect == "eval":
                 made.remove(stderr)
                 outputs, errors = [self._finished(stdout)], self._finished(stderr)
@@ -49,9 +51,7 @@ class Commands:
                 outputs = [self._finished(path, name) for name, path in files]
             else:
                 made.append(stdout)
-            if exitcode != 0 or problem:
-                tail = _tail(stderr)
-            return Ran(exitcode, outputs, errors, tail, problem)
+            return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
             try:
                 os.rmdir(task.folder)
@@ -113,11 +113,13 @@ def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, 
     return outputs, ""
 
 
-def _tail(path: str) -> bytes:
+def read_tail(path: str) -> bytes:
+    """The last 64 KB of what a command wrote to stderr, none if it could not even be started."""
     try:
-        with open(path, "rb") as f:
+        with open(path, "rb", buffering=0) as f:
             size = os.fstat(f.fileno()).st_size
-            f.seek(max(0, size - TAIL_BYTES))
-            return f.read()
-    except FileNotFoundError:  # the command could not even be started
+            if size > TAIL_BYTES:
+                f.seek(size - TAIL_BYTES)
+            return f.read(TAIL_BYTES) or b"" if size else b""
+    except FileNotFoundError:
         return b""

@@ -1,4 +1,4 @@
-"""The pool: hands tasks to worker processes, first come, first served, within a limit for each kind.
+"""The pool: hands tasks to worker processes, in turn, within a limit for each kind.
 
 One thread watches all workers. A worker that dies costs its one task and is replaced; whatever its command
 left running is ended. The parent is the subreaper of the workers, so their orphans become its own children.
@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -54,17 +54,22 @@ class Ticket:
         time_limit: float | None = None,
         on_done: Callable[["Ticket"], None] | None = None,
         urgent: bool = False,
+        group: str = "",
     ) -> None:
         """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. An urgent
-        ticket, for which a request waits, goes before those of jobs, which come by the thousand."""
+        ticket, for which a request waits, goes before those of jobs, which come by the thousand. Among the
+        others the group with the fewest running goes first, so that jobs share the slots."""
         self.kind = kind
         self.task = task
         self.fds = list(fds)
         self.time_limit = time_limit
         self.on_done = on_done
         self.urgent = urgent
+        self.group = group
         self.pid: int | None = None
-        self.done_s = 0.0  # monotonic
+        self.started_s = 0.0  # seconds since 1970
+        self.began_s = 0.0  # monotonic, like the next
+        self.done_s = 0.0
         self._started = threading.Event()
         self._done = threading.Event()
         self._answer: Result = None
@@ -78,6 +83,11 @@ class Ticket:
     def done(self) -> bool:
         """Whether it is over."""
         return self._done.is_set()
+
+    @property
+    def seconds(self) -> float:
+        """How long it ran, 0 if it never did; of one that is over."""
+        return self.done_s - self.began_s if self.began_s else 0.0
 
     def result(self, seconds: float | None = None) -> Result:
         """Wait for the end and return the answer, or raise the S4Error that it failed with.
@@ -100,8 +110,8 @@ class Ticket:
             error = errors.rebuilt(answer.error, answer.message)
         self._answer, self._error = answer, error
         self._close_fds()
-        self._started.set()
         self.done_s = time.monotonic()
+        self._started.set()
         self._done.set()
         if self.on_done is not None:
             self.on_done(self)
@@ -211,11 +221,12 @@ class Pool:
                 if not self._idle:
                     return False
                 worker = self._idle.pop()
-                ticket = queue.popleft()
+                ticket = self._next(queue)
                 self._running[kind] += 1
                 worker.ticket, ticket.pid = ticket, worker.pid
+                ticket.started_s, ticket.began_s = time.time(), time.monotonic()
                 if ticket.time_limit is not None:
-                    worker.deadline = time.monotonic() + ticket.time_limit
+                    worker.deadline = ticket.began_s + ticket.time_limit
                     if worker.deadline < self._wakes_at:
                         self._wakes_at = worker.deadline
                         self._wake()
@@ -228,6 +239,15 @@ class Pool:
                 ticket._close_fds()  # the worker has its own now
                 ticket._started.set()
         return True
+
+    def _next(self, queue: deque[Ticket]) -> Ticket:
+        """Take the ticket whose turn it is: first come, first served, but that groups take turns."""
+        first = queue[0]
+        if not first.urgent and any(ticket.group != first.group for ticket in queue):
+            running = Counter(worker.ticket.group for worker in self._workers.values() if worker.ticket)
+            first = min(queue, key=lambda ticket: running[ticket.group])
+        queue.remove(first)
+        return first
 
     def _loop(self) -> None:
         while True:

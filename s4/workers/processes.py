@@ -51,6 +51,35 @@ def children() -> list[tuple[int, int]]:
     return found
 
 
+def memory_below(pid: int) -> int:
+    """The most memory, in bytes, that the living processes below a process have had resident, added up.
+
+    Pages that they share count for each of them.
+    """
+    total = 0
+    pending = [pid]
+    while pending:
+        parent = pending.pop()
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", "rb", buffering=0) as f:
+                    pending += map(int, f.read().split())
+        except OSError:  # gone meanwhile, or a kernel without these files
+            continue
+        if parent != pid:
+            total += memory_of(parent)
+    return total
+
+
+def memory_of(pid: int) -> int:
+    """The most memory, in bytes, that a process has had resident; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as f:
+            return 1024 * int(f.read().partition(b"VmHWM:")[2].split(None, 1)[0])
+    except (OSError, IndexError):  # a zombie has none
+        return 0
+
+
 def kill_children(chosen: Callable[[int, int], bool]) -> None:
     """End every child for which `chosen(pid, session)` holds, and their children, which become ours."""
     deadline = time.monotonic() + _KILL_SECONDS

@@ -7,9 +7,11 @@ group of its own, of which nothing is left when its status is reported.
 
 import fcntl
 import os
+import re
+import select
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import sh
 
@@ -34,9 +36,22 @@ while read -r; do
     s4_status=$?
     kill -KILL -- -$!
     echo "$s4_status"
+    times
 done 2>/dev/null
 """
+_ANSWER_LINES = 3  # the status, the times of the shell itself, and those of all commands until now
+_MINUTES = re.compile(rb"(\d+)m(\d+)[.,](\d+)s")
 _ORPHAN_SECONDS = 1.0  # how often to look for processes that left the group of a command that ended well
+_SAMPLE_SECONDS = 0.01  # how often memory is looked at,
+_SAMPLE_SHARE = 0.01  # or after so much of the time that the command has run
+
+
+class Usage(NamedTuple):
+    """What a command and its children used: CPU time in seconds, to the millisecond, and the most memory in
+    bytes (processes.memory_below, looked at every 10 ms or hundredth of its time)."""
+
+    cpu_seconds: float
+    peak_memory: int
 
 
 class Shell:
@@ -48,30 +63,53 @@ class Shell:
         self._stdin = self._status = -1
         self._swept = time.monotonic()
         self._unswept = False
+        self._ready = select.poll()
+        self._cpu_seconds = 0.0  # of all commands of this shell until now
+        self._own_memory = 0  # of the shell, which its copy for a command has at least
 
     def run(
         self, command: str, folder: str, stdin: str, stdout: str, stderr: str, environment: dict[str, str]
-    ) -> int:
-        """Run a command and return its exit code as bash reports it: 128 + N when signal N ended it."""
+    ) -> tuple[int, Usage]:
+        """Run a command; its exit code as bash reports it, 128 + N when signal N ended it, and its usage."""
         if self._process is None:
             self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
-        with open(self._job_file, "wb") as f:
+        with open(self._job_file, "wb", buffering=0) as f:
             f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
         try:
             os.write(self._stdin, b"\n")
-            answer = os.read(self._status, 16)
+            answer, peak_memory = self._answer()
         except BrokenPipeError:
-            answer = b""
-        if not answer:
+            answer, peak_memory = b"", 0
+        lines = answer.split(b"\n")
+        if len(lines) <= _ANSWER_LINES:
             exitcode = self._stop()  # the command ended the shell itself, such as with kill -9 $$
+            cpu_seconds = 0.0
         else:
-            exitcode = int(answer)
+            exitcode = int(lines[0])
+            so_far = sum(60 * int(m) + float(b"%b.%b" % (s, f)) for m, s, f in _MINUTES.findall(lines[2]))
+            cpu_seconds, self._cpu_seconds = max(0.0, so_far - self._cpu_seconds), so_far
+            self._own_memory = self._own_memory or processes.memory_of(self._process.pid)
         self._unswept = True
         if exitcode != 0 or time.monotonic() > self._swept + _ORPHAN_SECONDS:
             self.sweep()
-        return exitcode
+        return exitcode, Usage(cpu_seconds, max(peak_memory, self._own_memory))
+
+    def _answer(self) -> tuple[bytes, int]:
+        """What the loop reports at the end of a command, short if the shell is gone; and the memory seen."""
+        began = time.monotonic()
+        answer, peak = b"", 0
+        while answer.count(b"\n") < _ANSWER_LINES:
+            pause = max(_SAMPLE_SECONDS, _SAMPLE_SHARE * (time.monotonic() - began))
+            if self._ready.poll(1000 * pause):
+                block = os.read(self._status, 256)
+                if not block:
+                    break
+                answer += block
+            else:
+                peak = max(peak, processes.memory_below(self._process.pid))
+        return answer, peak
 
     def seal(self, fd: int) -> None:
         """Make sure that nobody writes to an output any more; it is about to become immutable.
@@ -113,6 +151,9 @@ class Shell:
                 # Python ignores SIGPIPE, and bash could not undo that for `… | head`.
                 _preexec_fn=_default_signals,
             )
+        self._ready = select.poll()
+        self._ready.register(self._status, select.POLLIN)
+        self._cpu_seconds, self._own_memory = 0.0, 0
 
     def _stop(self) -> int:
         os.close(self._stdin)

@@ -79,24 +79,27 @@ class Command:
 class Ran:
     """How a command ended. `exitcode` as bash reports it (128 + signal for a killed command).
 
-    `problem` says what is wrong with the outputs of a command that ended well. `stderr` is the whole
-    file's path and size; `tail` its last bytes.
+    `problem` says what is wrong with the outputs of a command that ended well. `stderr` is, of an eval, the
+    whole file; `tail` its last bytes. `cpu_seconds` and `peak_memory` (bytes) are those of shell.Usage.
     """
 
     exitcode: int
     outputs: list[StoredFile]
     stderr: StoredFile | None
     tail: bytes
+    cpu_seconds: float
+    peak_memory: int
     problem: str = ""
 
 
 @dataclass(frozen=True)
 class Push:
-    """Store finished files on another node, as one batch. Answers Pushed."""
+    """Store finished files on another node, as one batch, as outputs of tasks of `job`. Answers Pushed."""
 
     server: str
     fingerprint: str
-    entries: list[tuple[str, StoredFile]]  # (path of the key, bytes)
+    job: str
+    entries: list[tuple[str, StoredFile, int]]  # (path of the key, bytes, number of the task)
     timeout: float
 
 

@@ -58,8 +58,14 @@ def send(task: Send, fds: list[int]) -> None:
 def push(task: Push) -> Pushed:
     """See tasks.Push."""
     with Caller(task.server, task.fingerprint, task.timeout) as caller:
-        entries = [(path, stored.file, stored.size, stored.checksum) for path, stored in task.entries]
-        refused = put_stored(caller, entries)
+        refused = put_stored(
+            caller,
+            task.job,
+            [
+                (path, stored.file, stored.size, stored.checksum, number)
+                for path, stored, number in task.entries
+            ],
+        )
     return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
 
 

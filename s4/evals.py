@@ -1,0 +1,180 @@
+"""eval: one command over one key, for a caller who waits. Recorded like a job with a single task."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from s4.errors import CancelledError, ConflictError, MissingError, S4Error, StoppingError
+from s4.index import Counts, JobRow, NewTask, TaskChange
+from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED
+from s4.inputs import EVAL
+from s4.keys import name_of, url
+from s4.shares import Parts, exit_text, signal_of
+from s4.transfers import Gate, wait_for_slot
+from s4.workers import Kind, Ticket
+from s4.workers.commands import read_tail
+from s4.workers.tasks import Command, Ran
+
+LOOK_SECONDS = 0.5  # how often to see whether the caller is still there
+STOP_SECONDS = 3.0  # for the records of evals that were ended with the node
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an eval ended. `stdout` and `stderr` are descriptors of unnamed files; the receiver closes them."""
+
+    exitcode: int
+    stdout: int
+    stdout_size: int
+    stderr: int
+    stderr_size: int
+
+
+class Evals:
+    """The evals of a node; `gate` bounds how many run or wait."""
+
+    def __init__(self, parts: Parts, gate: Gate) -> None:
+        self._parts = parts
+        self._gate = gate
+        self._running: dict[str, Ticket] = {}
+
+    def run(
+        self, path: str, job_id: str, command: str, timeout: float, abandoned: Callable[[], bool]
+    ) -> Evaluation:
+        """Run a command with the data of the key `path` as its input, for at most `timeout` seconds.
+
+        `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
+        BusyError, TimeLimitError, CancelledError.
+        """
+        parts = self._parts
+        key = parts.keys.get(path)
+        job = JobRow(job_id, EVAL, url(path), "", command, timeout)
+        task = NewTask(parts.position, path, 1, key.size)
+        work = f"{job_id}.{task.task}.1"
+        environment = {
+            "filename": name_of(path),
+            "S4_KEY": url(path),
+            "S4_JOB": job_id,
+            "S4_TASK": str(task.task),
+            "S4_ATTEMPT": "1",
+        }
+        ticket = Ticket(
+            Kind.COMPUTE,
+            Command(
+                command,
+                parts.storage.temporary_folder(work),
+                parts.storage.temporary_file(work),
+                "eval",
+                parts.storage.real_path(path),
+                [],
+                environment,
+            ),
+            time_limit=timeout,
+            urgent=True,
+        )
+        with self._gate.waiting():
+            self._check_new(job_id)
+            parts.pool.submit(ticket)
+            wait_for_slot(parts.pool, ticket)  # a caller who is turned away here comes again with the same id
+            self._running[job_id] = ticket
+            try:
+                self._begin(job, task)
+                ran = self._wait(ticket, abandoned)
+            except BaseException as e:
+                parts.pool.cancel(ticket, S4Error("the eval failed"))
+                with contextlib.suppress(S4Error):
+                    ticket.result()
+                self._record_failure(job, task, ticket, work, e)
+                parts.storage.discard(job_id)
+                raise
+            finally:
+                del self._running[job_id]
+        return self._finished(job, task, ticket, ran)
+
+    def _check_new(self, job_id: str) -> None:
+        with contextlib.suppress(MissingError):
+            self._parts.jobs.share(job_id)
+            raise ConflictError(f"job {job_id} ran already")
+
+    def _begin(self, job: JobRow, task: NewTask) -> None:
+        self._parts.jobs.begin(job)
+        self._parts.jobs.add_tasks(job.id, [task])
+        self._parts.jobs.listed(job.id, Counts(tasks=1))
+
+    def _record_failure(
+        self, job: JobRow, task: NewTask, ticket: Ticket, work: str, error: BaseException
+    ) -> None:
+        state, shown = FAILED, str(error)
+        if isinstance(error, CancelledError):
+            state = CANCELLED
+        elif isinstance(error, StoppingError):
+            state, shown = INTERRUPTED, "the node stopped"
+        change = TaskChange(task.task, CANCELLED if state == CANCELLED else FAILED, 1, error=shown)
+        if ticket.began_s:
+            stderr = read_tail(self._parts.storage.temporary_file(work) + ".err")
+            change = change._replace(
+                pid=ticket.pid, started_s=ticket.started_s, seconds=ticket.seconds, stderr=stderr
+            )
+        self._end(job, change, state, shown)
+
+    def _end(self, job: JobRow, change: TaskChange, state: str, error: str | None) -> None:
+        self._parts.jobs.progress(job.id, [change], Counts(tasks=1))
+        self._parts.jobs.end(job.id, state, error)
+
+    def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> Evaluation:
+        stdout, stderr = ran.outputs[0], ran.stderr
+        assert stderr is not None
+        with contextlib.ExitStack() as unlinked:
+            unlinked.callback(os.unlink, stdout.file)
+            unlinked.callback(os.unlink, stderr.file)
+            state, error = (DONE, None) if ran.exitcode == 0 else (FAILED, exit_text(ran.exitcode))
+            change = TaskChange(
+                task.task,
+                state,
+                1,
+                ticket.pid,
+                ticket.started_s,
+                ticket.seconds,
+                ran.cpu_seconds,
+                ran.peak_memory,
+                stdout.size,
+                ran.exitcode,
+                signal_of(ran.exitcode),
+                error,
+                ran.tail,
+            )
+            self._end(job, change, state, error)
+            return Evaluation(
+                ran.exitcode,
+                os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC),
+                stdout.size,
+                os.open(stderr.file, os.O_RDONLY | os.O_CLOEXEC),
+                stderr.size,
+            )
+
+    def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:
+        while True:
+            try:
+                answer = ticket.result(LOOK_SECONDS)
+            except TimeoutError:
+                if abandoned():
+                    self._parts.pool.cancel(ticket, CancelledError("the caller went away"))
+                continue
+            assert isinstance(answer, Ran)
+            return answer
+
+    def cancel(self, job_id: str) -> None:
+        """End an eval and what it runs; does nothing if there is none of this id."""
+        ticket = self._running.get(job_id)
+        if ticket is not None:
+            self._parts.pool.cancel(ticket, CancelledError(f"job {job_id} was cancelled"))
+            with contextlib.suppress(S4Error, TimeoutError):
+                ticket.result(STOP_SECONDS)
+
+    def wait(self) -> None:
+        """Give evals that were ended a moment to write their records."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.01)

@@ -1,0 +1,368 @@
+"""The tables of jobs: this node's share of each job, and a row for each of its tasks.
+
+Contract: a share begins, gets its tasks (all waiting), and ends; `change` records what became of tasks and is
+called inside the transaction that publishes their outputs, so that a task is done exactly if its outputs are
+keys. Counters of a share are those of its tasks.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from s4.errors import MissingError
+from s4.index.database import Database, Transaction
+
+STEP = 5000  # rows that one transaction changes at most; bounds how long other writers wait
+
+RUNNING, DONE, FAILED, CANCELLED, INTERRUPTED = "running", "done", "failed", "cancelled", "interrupted"
+WAITING, SKIPPED = "waiting", "skipped"  # further states of tasks
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as it is submitted. `indir` and `outdir` as the user wrote them; an eval has its key as indir.
+
+    `timeout` in seconds for each task; `retries` is how often a failed task is tried again; `run` counts
+    from 1 and grows when what failed is run again.
+    """
+
+    id: str
+    kind: str
+    indir: str
+    outdir: str
+    command: str
+    timeout: float = 300.0
+    retries: int = 0
+    keep_going: bool = False
+    skip_existing: bool = False
+    run: int = 1
+
+    def same_work(self, other: "JobRow") -> bool:
+        """Whether two jobs are twins: the same command over the same folders."""
+        return (self.kind, self.indir, self.outdir, self.command) == (
+            other.kind,
+            other.indir,
+            other.outdir,
+            other.command,
+        )
+
+
+@dataclass
+class Counts:
+    """How far a share is, in tasks and in bytes of the tasks that ended. `running` is not stored."""
+
+    tasks: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    skipped: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    running: int = 0
+
+
+class ShareRow(NamedTuple):
+    """This node's share of a job. `listed`: its tasks are known. Times are seconds since 1970."""
+
+    job: JobRow
+    state: str
+    listed: bool
+    counts: Counts
+    started_s: float
+    finished_s: float | None
+    error: str | None
+
+
+class NewTask(NamedTuple):
+    """A task to be recorded: its number, input (path of a key, of a group the first), how many keys and
+    bytes it has as input, and its state."""
+
+    task: int
+    input: str
+    inputs: int
+    bytes_in: int
+    state: str = WAITING
+
+
+class TaskChange(NamedTuple):
+    """What became of a task. Times in seconds, sizes in bytes, None where it is not known."""
+
+    task: int
+    state: str
+    attempt: int
+    pid: int | None = None
+    started_s: float | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    bytes_out: int | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    stderr: bytes = b""
+
+
+_JOB = "id, kind, indir, outdir, command, timeout_s, retries, keep_going, skip_existing, run"
+_SHARE = (
+    f"SELECT {_JOB}, state, listed, tasks, done, failed, cancelled, skipped, bytes_in, bytes_out,"
+    " started_s, finished_s, error FROM jobs"
+)
+_COUNTS = """
+    UPDATE jobs SET (tasks, done, failed, cancelled, skipped, bytes_in, bytes_out) = (
+        SELECT count(*),
+               total(state = 'done'), total(state = 'failed'), total(state = 'cancelled'),
+               total(state = 'skipped'), total(iif(state IN ('done', 'failed'), bytes_in, 0)),
+               total(bytes_out)
+        FROM tasks WHERE job = jobs.id)
+"""
+_TASK_COLUMNS = (
+    "task, input, inputs, state, attempt, pid, started_s, seconds, cpu_seconds, peak_memory,"
+    " bytes_in, bytes_out, exit_code, signal, error"
+)
+_UNFINISHED = (WAITING, RUNNING)
+_AGAIN = (FAILED, CANCELLED, RUNNING)
+
+
+class JobIndex:
+    """The jobs and tasks of this node."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def begin(self, job: JobRow) -> None:
+        """Record that a share begins, its tasks not yet known."""
+        with self._db.write() as db:
+            db.execute(
+                f"INSERT INTO jobs ({_JOB}, state, listed, started_s)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'running', 0, ?)",
+                (
+                    job.id,
+                    job.kind,
+                    job.indir,
+                    job.outdir,
+                    _stored_text(job.command),
+                    job.timeout,
+                    job.retries,
+                    job.keep_going,
+                    job.skip_existing,
+                    job.run,
+                    time.time(),
+                ),
+            )
+
+    def begin_again(self, job_id: str, run: int) -> None:
+        """Make what failed, was cancelled or was lost wait again; tasks that were never all listed go."""
+        share = self.share(job_id)
+        if not share.listed:
+            self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
+        self._in_steps(
+            f"UPDATE tasks SET state = 'waiting' WHERE job = ? AND task > ? AND state IN {_AGAIN}", job_id
+        )
+        with self._db.write() as db:
+            db.execute(
+                "UPDATE jobs SET run = ?, state = 'running', finished_s = NULL, error = NULL WHERE id = ?",
+                (run, job_id),
+            )
+            db.execute(_COUNTS + "WHERE id = ?", (job_id,))
+
+    def _in_steps(self, statement: str, job_id: str) -> None:
+        """Run a statement, with the parameters job and task number, over all tasks of a job in steps."""
+        last = -1
+        while True:
+            with self._db.write() as db:
+                row = db.execute(
+                    "SELECT max(task) FROM (SELECT task FROM tasks WHERE job = ? AND task > ?"
+                    " ORDER BY task LIMIT ?)",
+                    (job_id, last, STEP),
+                ).fetchone()
+                if row[0] is None:
+                    return
+                db.execute(statement + " AND task <= ?", (job_id, last, row[0]))
+                last = row[0]
+
+    def add_tasks(self, job_id: str, tasks: Sequence[NewTask]) -> None:
+        """Record tasks of a share that is being listed."""
+        with self._db.write() as db:
+            db.executemany(
+                "INSERT INTO tasks (job, task, input, inputs, bytes_in, state) VALUES (?, ?, ?, ?, ?, ?)",
+                [(job_id, *task) for task in tasks],
+            )
+
+    def listed(self, job_id: str, counts: Counts) -> None:
+        """All tasks of a share are recorded."""
+        with self._db.write() as db:
+            db.execute("UPDATE jobs SET listed = 1 WHERE id = ?", (job_id,))
+            self._count(db, job_id, counts)
+
+    def waiting(self, job_id: str, after: int, limit: int) -> list[tuple[NewTask, int]]:
+        """The next waiting tasks with a number above `after`, each with its last attempt."""
+        rows = self._db.read().execute(
+            "SELECT task, input, inputs, bytes_in, state, attempt FROM tasks"
+            " WHERE job = ? AND task > ? AND state = 'waiting' ORDER BY task LIMIT ?",
+            (job_id, after, limit),
+        )
+        return [(NewTask(*row[:5]), row[5]) for row in rows]
+
+    def change(self, db: Transaction, job_id: str, changes: Sequence[TaskChange]) -> None:
+        """Record what became of tasks, inside a transaction."""
+        db.executemany(
+            "UPDATE tasks SET state = ?, attempt = ?, pid = ?, started_s = ?, seconds = ?, cpu_seconds = ?,"
+            " peak_memory = ?, bytes_out = ?, exit_code = ?, signal = ?, error = ?"
+            " WHERE job = ? AND task = ?",
+            [(*change[1:12], job_id, change.task) for change in changes],
+        )
+        for change in changes:
+            if change.attempt > 1:  # another attempt may have said something
+                db.execute("DELETE FROM stderrs WHERE job = ? AND task = ?", (job_id, change.task))
+            if change.stderr:
+                db.execute("INSERT INTO stderrs VALUES (?, ?, ?)", (job_id, change.task, change.stderr))
+
+    def progress(self, job_id: str, changes: Sequence[TaskChange], counts: Counts) -> None:
+        """Record what became of tasks, and how far the share is."""
+        with self._db.write() as db:
+            self.change(db, job_id, changes)
+            self._count(db, job_id, counts)
+
+    def _count(self, db: Transaction, job_id: str, counts: Counts) -> None:
+        db.execute(
+            "UPDATE jobs SET tasks = ?, done = ?, failed = ?, cancelled = ?, skipped = ?, bytes_in = ?,"
+            " bytes_out = ? WHERE id = ?",
+            (
+                counts.tasks,
+                counts.done,
+                counts.failed,
+                counts.cancelled,
+                counts.skipped,
+                counts.bytes_in,
+                counts.bytes_out,
+                job_id,
+            ),
+        )
+
+    def end(self, job_id: str, state: str, error: str | None) -> None:
+        """A share ended; tasks that never began are cancelled."""
+        if state != DONE:
+            self._in_steps(
+                f"UPDATE tasks SET state = 'cancelled' WHERE job = ? AND task > ? AND state IN {_UNFINISHED}",
+                job_id,
+            )
+        with self._db.write() as db:
+            db.execute(_COUNTS + "WHERE id = ?", (job_id,))
+            db.execute(
+                "UPDATE jobs SET state = ?, error = ?, finished_s = ? WHERE id = ?",
+                (state, error, time.time(), job_id),
+            )
+
+    def share(self, job_id: str) -> ShareRow:
+        """The share of a job. Raises MissingError."""
+        row = self._db.read().execute(_SHARE + " WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise MissingError(f"no such job: {job_id}")
+        return _share(row)
+
+    def shares(self, prefix: str, limit: int) -> list[ShareRow]:
+        """The newest shares whose id starts with `prefix`."""
+        rows = self._db.read().execute(
+            _SHARE + " WHERE id >= ? AND id < ? ORDER BY started_s DESC LIMIT ?",
+            (prefix, prefix + "\U0010ffff", limit),
+        )
+        return [_share(row) for row in rows]
+
+    def tasks(
+        self, job_id: str, states: Sequence[str] = (), *, stderr: bool = False
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The tasks of a share in order, in chunks, those in one of `states` or all."""
+        columns = f"{_TASK_COLUMNS}, stderr" if stderr else _TASK_COLUMNS
+        joined = "tasks LEFT JOIN stderrs USING (job, task)" if stderr else "tasks"
+        chosen = f"AND state IN ({','.join('?' * len(states))})" if states else ""
+        chunk = 50 if stderr else 1000  # a stderr may be 64 KB
+        last = -1
+        while True:
+            cursor = self._db.read().execute(
+                f"SELECT {columns} FROM {joined} WHERE job = ? AND task > ? {chosen} ORDER BY task LIMIT ?",
+                (job_id, last, *states, chunk),
+            )
+            names = [column[0] for column in cursor.description]
+            rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            yield rows
+            if len(rows) < chunk:
+                return
+            last = rows[-1]["task"]
+
+    def task(self, job_id: str, number: int) -> dict[str, Any]:
+        """One task. Raises MissingError."""
+        cursor = self._db.read().execute(
+            f"SELECT {_TASK_COLUMNS} FROM tasks WHERE job = ? AND task = ?", (job_id, number)
+        )
+        row = cursor.fetchone()
+        if row is None:
+            raise MissingError(f"no task {number} of a job {job_id} here")
+        return dict(zip([column[0] for column in cursor.description], row, strict=True))
+
+    def unfinished_inputs(self, kind: str, outdir: str) -> set[str]:
+        """Inputs of earlier jobs into the same folder whose last record says that they did not end well."""
+        state_of: dict[str, str] = {}
+        rows = self._db.read().execute(
+            "SELECT input, tasks.state FROM jobs JOIN tasks ON job = id"
+            " WHERE kind = ? AND outdir = ? AND attempt > 0 ORDER BY jobs.started_s",
+            (kind, outdir),
+        )
+        state_of.update(rows)
+        return {path for path, state in state_of.items() if state != DONE}
+
+    def prune(self, keep_jobs: int, keep_seconds: float) -> None:
+        """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough."""
+        doomed = self._db.read().execute(
+            "SELECT id FROM jobs WHERE state != 'running' AND started_s < ? AND id NOT IN"
+            " (SELECT id FROM jobs ORDER BY started_s DESC LIMIT ?)",
+            (time.time() - keep_seconds, keep_jobs),
+        )
+        for (job_id,) in doomed.fetchall():
+            self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
+            self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
+            with self._db.write() as db:
+                db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+
+    def interrupt_running(self) -> None:
+        """At the start of a node: what ran when it stopped is lost."""
+        running = self._db.read().execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
+        for (job_id,) in running:
+            self._in_steps(
+                "UPDATE tasks SET state = 'failed', error = 'the node stopped'"
+                " WHERE job = ? AND task > ? AND state = 'running'",
+                job_id,
+            )
+            self.end(job_id, INTERRUPTED, "the node stopped")
+
+    def running_outdirs(self) -> list[str]:
+        """Where jobs that run, or ran when the node stopped, put their outputs."""
+        rows = self._db.read().execute("SELECT outdir FROM jobs WHERE state = 'running' AND outdir != ''")
+        return [outdir for (outdir,) in rows]
+
+
+def _share(row: tuple[Any, ...]) -> ShareRow:
+    job_id, kind, indir, outdir, command, timeout, retries, keep_going, skip_existing, run = row[:10]
+    job = JobRow(
+        job_id,
+        kind,
+        indir,
+        outdir,
+        os.fsdecode(command),
+        timeout,
+        retries,
+        bool(keep_going),
+        bool(skip_existing),
+        run,
+    )
+    return ShareRow(job, row[10], bool(row[11]), Counts(*map(int, row[12:19])), *row[19:])
+
+
+def _stored_text(text: str) -> str | bytes:
+    """Text as SQLite can hold it: bytes where they are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text

@@ -1,0 +1,56 @@
+"""SQL of users over the index: it can only read, whatever it says, for a short time, and so many rows."""
+
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from s4.errors import BadRequestError
+
+QUERY_SECONDS = 5.0
+MAX_VALUE_BYTES = 16 * 1024 * 1024  # of one text or blob, or of the query
+_STEPS = 10_000  # of SQLite's machine between two looks at the clock, well under a millisecond
+
+_ALLOWED = frozenset(
+    (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+)
+
+
+def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
+    """The names of the columns, then each row, of one SELECT over the database file `path`.
+
+    Raises BadRequestError, also between rows: for SQL that SQLite does not take or that would change
+    something, after QUERY_SECONDS, and when there are more than `limit` rows.
+    """
+    deadline = time.monotonic() + QUERY_SECONDS
+    connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=QUERY_SECONDS)
+    try:
+        connection.execute("PRAGMA query_only = 1")
+        connection.execute("PRAGMA trusted_schema = 0")
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
+        connection.set_authorizer(_authorize)
+        cursor = connection.execute(sql)
+        if cursor.description is None:
+            raise BadRequestError("the query is empty: write one SELECT")
+        yield [column[0] for column in cursor.description]
+        for count, row in enumerate(cursor):
+            if count == limit:
+                raise BadRequestError(f"more than {limit} rows: narrow the query, or raise the limit")
+            yield row
+    except sqlite3.OperationalError as e:
+        if time.monotonic() > deadline:
+            raise BadRequestError(f"the query took longer than {QUERY_SECONDS:g} seconds") from e
+        raise BadRequestError(f"SQL: {e}") from e
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
+        message = "only reading is allowed" if str(e) == "not authorized" else str(e)
+        raise BadRequestError(f"SQL: {message}") from e
+    finally:
+        connection.close()
+
+
+def _authorize(action: int, *_details: object) -> int:
+    return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY

@@ -1,0 +1,121 @@
+"""What the tables and columns of the index mean, for people who look in with SQL."""
+
+from s4.index.database import Database
+
+_JOB = "id of the job"
+_TASK = "number of the task, the same in the whole cluster; task % servers is its node"
+_TIME = "seconds since 1970, UTC"
+
+MEANINGS: dict[str, dict[str, str]] = {
+    "keys": {
+        "path": "BUCKET/DIR/NAME, also the file's path below s4_data",
+        "size": "bytes",
+        "checksum": "xxh64, lower-case hex without leading zeros",
+        "created_s": _TIME,
+        "job": "id of the job that made it; null for a put",
+        "task": "number of the task that made it; null for a put",
+    },
+    "buckets": {
+        "bucket": "name",
+        "keys": "number of its keys on this node",
+        "bytes": "sum of their sizes",
+        "created_s": f"when its first key was made, {_TIME}",
+    },
+    "transfers": {
+        "uuid": "the transfer, under way now",
+        "direction": "put or get",
+        "keys": "number of keys that travel together",
+        "bytes": "sum of their sizes; null if not known beforehand",
+        "peer": "address of the other side",
+        "started_s": _TIME,
+        "paths": "paths of the keys, a JSON list",
+    },
+    "removals": {"prefix": "its rows are gone, its files may not be yet"},
+    "jobs": {
+        "id": "the same on all nodes; sorts by time",
+        "kind": "map, map-to-n, map-from-n or eval",
+        "indir": "INDIR, or the key of an eval",
+        "outdir": "OUTDIR, empty for an eval",
+        "command": "the bash line; a blob if it is no UTF-8",
+        "state": "of this node's share: running, done, failed, cancelled or interrupted",
+        "tasks": "number of tasks of this node",
+        "done": "tasks whose outputs are stored",
+        "started_s": _TIME,
+        "finished_s": f"{_TIME}; null while it runs",
+        "error": "what failed first, one line",
+        "run": "1, and one more for each retry",
+        "listed": "1 once all tasks are known",
+        "failed": "tasks that failed",
+        "cancelled": "tasks that were ended, or never began",
+        "skipped": "tasks whose output existed already",
+        "bytes_in": "input of the tasks that ended",
+        "bytes_out": "output of the tasks that are done",
+        "timeout_s": "time limit for a task, seconds",
+        "retries": "how often a failed task is tried again",
+        "keep_going": "1: the other tasks run on after a failure",
+        "skip_existing": "1: inputs whose output exists are skipped",
+    },
+    "tasks": {
+        "job": _JOB,
+        "task": _TASK,
+        "input": "path of the input key, of a group its first",
+        "inputs": "number of keys of the group, else 1",
+        "bytes_in": "bytes of the input",
+        "state": "waiting, running, done, failed, cancelled or skipped",
+        "attempt": "of the last try, from 1; 0: not yet tried",
+        "pid": "worker process of the last try",
+        "started_s": f"of the last try, {_TIME}",
+        "seconds": "how long it ran",
+        "cpu_seconds": "CPU time of the command and its children; null if it was killed",
+        "peak_memory": "most bytes that its processes had resident together; null if it was killed",
+        "bytes_out": "bytes of its outputs; null unless done",
+        "exit_code": "as bash reports it; null if it did not end by itself",
+        "signal": "number of the signal that ended it",
+        "error": "why it failed, one line",
+    },
+    "stderrs": {"job": _JOB, "task": _TASK, "stderr": "last 64 KB of the command's stderr"},
+    "recent_keys": {
+        "created": "UTC",
+        "size": "bytes",
+        "key": "s4://…",
+        "checksum": "xxh64",
+        "job": "id of the job that made it",
+        "task": "number of the task that made it",
+    },
+    "recent_jobs": {
+        "id": _JOB,
+        "kind": "map, map-to-n, map-from-n or eval",
+        "state": "of this node's share",
+        "progress": "done/tasks",
+        "failed": "tasks that failed",
+        "cancelled": "tasks that were ended, or never began",
+        "skipped": "tasks whose output existed already",
+        "started": "UTC",
+        "seconds": "how long it ran, or runs",
+        "indir": "INDIR, or the key of an eval",
+        "outdir": "OUTDIR",
+        "command": "the bash line",
+        "error": "what failed first",
+    },
+    "failed_tasks": {
+        "job": _JOB,
+        "task": _TASK,
+        "input": "path of the input key",
+        "attempt": "of the last try",
+        "exit_code": "as bash reports it",
+        "signal": "number of the signal that ended it",
+        "seconds": "how long it ran",
+        "error": "why it failed, one line",
+        "stderr": "last 64 KB of the command's stderr",
+    },
+}
+
+
+def schema(database: Database) -> list[tuple[str, str, str, str]]:
+    """(table or view, column, type, meaning) of every column of the index."""
+    found = database.read().execute(
+        "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c"
+        " WHERE m.type IN ('table', 'view') AND m.name NOT LIKE '\\_%' ESCAPE '\\'"
+        " AND m.name NOT LIKE 'sqlite%' ORDER BY m.type, m.rowid, c.cid"
+    )
+    return [(table, column, kind, MEANINGS[table][column]) for table, column, kind in found]

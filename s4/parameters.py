@@ -1,0 +1,122 @@
+"""What requests carry, checked: query parameters and JSON bodies; and answers in JSON.
+
+All that is not as it should be is a BadRequestError that says what is needed.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import parse_qsl
+
+import falcon
+
+from s4.errors import BadRequestError
+from s4.keys import new_job_id
+
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+
+
+def query_of(req: falcon.Request) -> dict[str, str]:
+    """The query parameters; bytes that are no UTF-8 as lone surrogates."""
+    # Falcon would replace bytes that are no UTF-8; here they stay, and the key rules refuse them.
+    return dict(parse_qsl(req.query_string, keep_blank_values=True, errors="surrogateescape"))
+
+
+def needed(given: dict[str, str], name: str) -> str:
+    """A parameter that must be there."""
+    try:
+        return given[name]
+    except KeyError:
+        raise BadRequestError(f"the parameter {name!r} is missing") from None
+
+
+def flag(given: dict[str, str], name: str) -> bool:
+    """Whether a parameter says true."""
+    return given.get(name, "").lower() in ("true", "1", "yes")
+
+
+def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:
+    """A parameter that is a whole number, up to `most`."""
+    text = given[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise BadRequestError(f"{name}={text!r}: a whole number is needed")
+    return int(text)
+
+
+def positive_seconds(given: object, default: float) -> float:
+    """A positive number of seconds."""
+    try:
+        seconds = default if given is None else float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise BadRequestError(f"timeout={given!r}: a positive number of seconds is needed")
+    return seconds
+
+
+def is_size(value: object) -> bool:
+    """Whether a JSON value is a whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def answer_json(resp: falcon.Response, value: object) -> None:
+    """Answer with a value as JSON."""
+    # Not orjson: a command may hold bytes that are no UTF-8, as lone surrogates.
+    resp.content_type = falcon.MEDIA_JSON
+    resp.data = json.dumps(value).encode()
+
+
+def json_object(req: falcon.Request) -> dict[str, Any]:
+    """The body, a JSON object."""
+    try:
+        body = json.loads(req.bounded_stream.read())
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequestError("the body must be a JSON object")
+    return body
+
+
+def truth_of(body: dict[str, Any], name: str) -> bool:
+    """A JSON value that is true or false, without it false."""
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise BadRequestError(f'"{name}" must be true or false')
+    return value
+
+
+def whole_of(body: dict[str, Any], name: str, default: int) -> int:
+    """A JSON value that is a whole number from 0."""
+    value = body.get(name, default)
+    if not is_size(value):
+        raise BadRequestError(f'"{name}" must be a whole number from 0')
+    return int(value)
+
+
+def checked_job_id(text: str) -> str:
+    """The id of a job, a new one for an empty text."""
+    if not text:
+        return new_job_id()
+    if not _JOB_ID.fullmatch(text):
+        raise BadRequestError(f"bad job id {text!r}: letters, digits and '-', at most 64")
+    return text
+
+
+def checked_command(text: str) -> str:
+    """A command as bash can take it."""
+    if not text.strip():
+        raise BadRequestError("the command is empty")
+    if "\0" in text:
+        raise BadRequestError("the command holds a NUL character")
+    return text
+
+
+def json_lines(chunks: Iterable[list[str]]) -> Iterator[bytes]:
+    """A JSON list with a row a line, of rows that are JSON already."""
+    separator = b"[\n"
+    for lines in chunks:
+        if lines:
+            yield separator + ",\n".join(lines).encode()
+            separator = b",\n"
+    yield b"\n]" if separator == b",\n" else b"[]"

@@ -1,0 +1,492 @@
+"""One node's share of a map, map-to-n or map-from-n while it runs: its commands, their outputs, its record.
+
+One thread a share decides; commands and sends run in the pool. Outputs that belong here become keys by a
+rename, in the transaction that records their task as done; a shuffle's other outputs leave in batches, one
+conversation for many files, while the next commands run. Without keep_going the first failure ends the share.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from s4.config import Conf
+from s4.errors import (
+    CancelledError,
+    CommandError,
+    ConflictError,
+    MissingError,
+    S4Error,
+    StoppingError,
+    TimeLimitError,
+)
+from s4.index import Counts, JobIndex, JobRow, KeyIndex, NewTask, ShareRow, TaskChange, Transaction
+from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, STEP, WAITING
+from s4.inputs import MAP_FROM_N, MAP_TO_N, Inputs
+from s4.keys import name_of, owner, parse_key, prefix_of, url
+from s4.outbox import GATHER_SECONDS, Outbox, Sending
+from s4.storage import Storage
+from s4.transfers import Finished, Transfers
+from s4.workers import Kind, Pool, Ticket
+from s4.workers.commands import read_tail
+from s4.workers.tasks import Command, Ran, StoredFile
+
+RECORD_SECONDS = 0.25  # how late the record may say that a task runs
+PROGRESS_SECONDS = 1.0  # and how far the share is
+READ_TASKS = 500  # waiting tasks read from the index at once
+TAIL_CHARACTERS = 2000
+_SIGNALS = frozenset(map(int, signal.Signals))
+
+log = logging.getLogger("s4.job")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a share needs of its node, which has the place `position` in the ring."""
+
+    conf: Conf
+    position: int
+    keys: KeyIndex
+    jobs: JobIndex
+    storage: Storage
+    pool: Pool
+    transfers: Transfers
+    slots: int
+
+    @property
+    def server(self) -> str:
+        """This node, as messages name it."""
+        return str(self.conf.servers[self.position])
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One try at a task."""
+
+    task: NewTask
+    number: int  # from 1
+    tries_left: int
+    target: str = ""
+    ticket: Ticket | None = None
+    ran: Ran | None = None
+    noted: bool = False  # the record says that it runs
+    unstored: int = 0  # outputs that are not yet keys
+    failed: bool = False
+    outputs: list[StoredFile] = field(default_factory=list)
+
+
+class _FirstFailure(Exception):
+    """A task failed, and the job does not keep going."""
+
+
+class Share:
+    """A share that runs. `again`: it has run before, and goes on with the tasks that wait in its record."""
+
+    def __init__(self, parts: Parts, job: JobRow, *, again: bool = False) -> None:
+        self.job = job
+        self.ended = threading.Event()
+        self.failure: S4Error | None = None
+        self.state = RUNNING
+        self._parts = parts
+        self._inputs = Inputs(job, parts.conf, parts.position, parts.keys, parts.jobs)
+        self._listed = False
+        self._counts = Counts()
+        self._events: queue.SimpleQueue[Ticket | S4Error] = queue.SimpleQueue()
+        self._commands: dict[Ticket, _Attempt] = {}
+        self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, job.timeout, self._events.put)
+        self._ready: deque[_Attempt] = deque()
+        self._last_read = -1
+        self._all_read = False
+        self._changes: list[TaskChange] = []
+        self._recorded = self._reported = time.monotonic()
+        self._started_s = time.time()
+        if again:
+            known = parts.jobs.share(job.id)
+            self._listed, self._counts, self._started_s = known.listed, known.counts, known.started_s
+
+    def start(self, on_end: Callable[["Share"], None]) -> None:
+        """Run, in a thread of its own; `on_end(share)` is called there, before `ended` is set."""
+        threading.Thread(target=self._main, args=(on_end,), name=f"job-{self.job.id}", daemon=True).start()
+
+    def cancel(self, reason: S4Error) -> None:
+        """Have the share end soon; does nothing if it is over."""
+        self._events.put(reason)
+
+    def row(self) -> ShareRow:
+        """How far it is now."""
+        running = sum(1 for ticket in list(self._commands) if ticket.began_s)
+        error = None if self.failure is None else str(self.failure)
+        counts = Counts(**{**vars(self._counts), "running": running})
+        finished_s = time.time() if self.ended.is_set() else None
+        return ShareRow(self.job, self.state, self._listed, counts, self._started_s, finished_s, error)
+
+    def _main(self, on_end: Callable[["Share"], None]) -> None:
+        began = time.monotonic()
+        state = FAILED
+        try:
+            self._run()
+            state = FAILED if self._counts.failed else DONE
+        except _FirstFailure:
+            pass
+        except CancelledError as e:
+            state, self.failure = CANCELLED, self.failure or e
+        except StoppingError as e:
+            state, self.failure = INTERRUPTED, self.failure or e
+        except S4Error as e:
+            self.failure = self.failure or e
+        except Exception as e:
+            log.exception("job %s", self.job.id)
+            self.failure = S4Error(f"internal error in job {self.job.id}: {e!r}")
+        try:
+            self._abandon(state)
+            error = None if self.failure is None else str(self.failure)
+            self._parts.jobs.progress(self.job.id, self._changes, self._counts)
+            self._parts.jobs.end(self.job.id, state, error)
+            self._counts = self._parts.jobs.share(self.job.id).counts
+        except (S4Error, OSError) as e:
+            log.error("job %s: its end is not recorded: %s", self.job.id, e)
+            self.failure = self.failure or S4Error(f"the end of job {self.job.id} is not recorded: {e}")
+        milliseconds = (time.monotonic() - began) * 1000
+        counts = f"{self._counts.done}/{self._counts.tasks}"
+        log.info("job %s %s %s %s %.0fms", self.job.id, self.job.kind, state, counts, milliseconds)
+        self.state = state
+        on_end(self)
+        self.ended.set()
+
+    def _run(self) -> None:
+        if not self._listed:
+            self._list()
+        log.info("job %s %s started, %d tasks", self.job.id, self.job.kind, self._counts.tasks)
+        while True:
+            nothing_more = self._start_commands() and not self._commands
+            self._outbox.send(nothing_more=nothing_more)
+            if nothing_more and self._outbox.empty:
+                return
+            self._handle(self._next_events())
+            self._stop_at_failure()
+            self._record()
+
+    def _list(self) -> None:
+        """Record a waiting task for each input."""
+        servers = len(self._parts.conf.servers)
+        found: list[NewTask] = []
+        for number, (path, keys, size) in enumerate(self._inputs.all()):
+            skip = self.job.skip_existing and self._inputs.exists(path)
+            state = SKIPPED if skip else WAITING
+            found.append(NewTask(number * servers + self._parts.position, path, keys, size, state))
+            self._counts.tasks += 1
+            self._counts.skipped += skip
+            if len(found) == STEP:
+                self._parts.jobs.add_tasks(self.job.id, found)
+                found = []
+                self._check_cancelled()
+        self._parts.jobs.add_tasks(self.job.id, found)
+        self._parts.jobs.listed(self.job.id, self._counts)
+        self._listed = True
+
+    def _check_cancelled(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            event = self._events.get_nowait()
+            assert isinstance(event, S4Error)  # no ticket was submitted yet
+            raise event
+
+    def _start_commands(self) -> bool:
+        """Start commands while there is room; whether all tasks have been started."""
+        # As many again as can run wait in the pool, so that a free slot never waits for us.
+        while len(self._commands) < 2 * self._parts.slots and not self._outbox.full:
+            if not self._ready:
+                self._read_tasks()
+            if not self._ready:
+                return True
+            attempt = self._ready.popleft()
+            try:
+                self._start(attempt)
+            except S4Error as e:
+                self._fail(attempt, str(e), e)
+                self._stop_at_failure()
+        return False
+
+    def _stop_at_failure(self) -> None:
+        if self._counts.failed and not self.job.keep_going:
+            raise _FirstFailure
+
+    def _read_tasks(self) -> None:
+        if self._all_read:
+            return
+        waiting = self._parts.jobs.waiting(self.job.id, self._last_read, READ_TASKS)
+        for task, last_attempt in waiting:
+            self._ready.append(_Attempt(task, last_attempt + 1, self.job.retries))
+            self._last_read = task.task
+        self._all_read = len(waiting) < READ_TASKS
+
+    def _start(self, attempt: _Attempt) -> None:
+        storage, task = self._parts.storage, attempt.task
+        attempt.target = self._inputs.target(task.input)
+        if self.job.kind != MAP_TO_N:
+            parse_key(attempt.target)
+            conflict = self._parts.keys.conflict(attempt.target, self.job.id, task.task)
+            if conflict is not None:
+                if self.job.skip_existing and self._parts.keys.exists(attempt.target):
+                    self._counts.skipped += 1
+                    self._changes.append(TaskChange(task.task, SKIPPED, attempt.number))
+                    return
+                raise conflict
+        variables = {
+            "S4_JOB": self.job.id,
+            "S4_TASK": str(task.task),
+            "S4_ATTEMPT": str(attempt.number),
+        }
+        if self.job.kind == MAP_FROM_N:
+            members = self._inputs.group(task.input)
+            if not members:
+                raise MissingError(f"no such key: {url(task.input)}")
+            stdin, lines = None, [storage.real_path(path) for path in members]
+            variables["S4_KEY"] = prefix_of(name_of(task.input))
+        else:
+            stdin, lines = storage.real_path(task.input), []
+            variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
+        name = self._work_name(attempt)
+        command = Command(
+            self.job.command,
+            storage.temporary_folder(name),
+            storage.temporary_file(name),
+            "paths" if self.job.kind == MAP_TO_N else "stdout",
+            stdin,
+            lines,
+            variables,
+        )
+        ticket = Ticket(
+            Kind.COMPUTE, command, time_limit=self.job.timeout, on_done=self._events.put, group=self.job.id
+        )
+        attempt.ticket = ticket
+        self._commands[ticket] = attempt
+        self._parts.pool.submit(ticket)
+
+    def _work_name(self, attempt: _Attempt) -> str:
+        return f"{self.job.id}.{attempt.task.task}.{attempt.number}"
+
+    def _next_events(self) -> list[Ticket]:
+        """Wait for one event, and take all that are there with it; for a moment only if something gathers or
+        the record has to be brought up to date."""
+        if self._outbox.anything_waits:
+            timeout = GATHER_SECONDS
+        elif self._changes or any(not attempt.noted for attempt in self._commands.values()):
+            timeout = RECORD_SECONDS
+        else:
+            timeout = None
+        found: list[Ticket] = []
+        event: Ticket | S4Error | None
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return found
+        while event is not None:
+            if isinstance(event, S4Error):
+                raise event
+            found.append(event)
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                event = None
+        return found
+
+    def _handle(self, tickets: list[Ticket]) -> None:
+        here: list[Finished] = []
+        makers: list[_Attempt] = []
+        failed: list[tuple[_Attempt, str, S4Error | None]] = []
+        for ticket in tickets:
+            if ticket in self._outbox:
+                for attempt, error in self._outbox.arrived(ticket, self._parts.server):
+                    if error is None:
+                        self._stored(attempt)
+                    else:
+                        failed.append((attempt, str(error), error))
+                continue
+            attempt = self._commands.pop(ticket)
+            problem, error = self._ended(attempt)
+            if problem:
+                failed.append((attempt, problem, error))
+            else:
+                for output in attempt.outputs:
+                    self._deliver(attempt, output, here, makers)
+        failed += self._publish(here, makers)
+        for attempt, problem, error in failed:
+            self._fail(attempt, problem, error)
+
+    def _ended(self, attempt: _Attempt) -> tuple[str, S4Error | None]:
+        """Why the command of an attempt failed, empty if it ended well; and the error if it was not its own
+        end."""
+        assert attempt.ticket is not None
+        try:
+            ran = attempt.ticket.result()
+        except S4Error as e:
+            return str(e).removesuffix("; try again"), e
+        assert isinstance(ran, Ran)
+        attempt.ran = ran
+        if ran.exitcode != 0:
+            return exit_text(ran.exitcode), None
+        if ran.problem:
+            return ran.problem, None
+        try:
+            for output in ran.outputs:
+                parse_key(attempt.target + output.name)
+        except S4Error as e:
+            return str(e), None
+        attempt.outputs = ran.outputs
+        attempt.unstored = len(ran.outputs)
+        if not ran.outputs:
+            self._finish(attempt)
+        return "", None
+
+    def _deliver(
+        self, attempt: _Attempt, output: StoredFile, here: list[Finished], makers: list[_Attempt]
+    ) -> None:
+        path = attempt.target + output.name
+        position = owner(path, len(self._parts.conf.servers))
+        if position == self._parts.position:
+            here.append(Finished(path, output, self.job.id, attempt.task.task))
+            makers.append(attempt)
+        else:
+            self._outbox.add(position, Sending(path, output, attempt.task.task, attempt))
+
+    def _publish(
+        self, here: list[Finished], makers: list[_Attempt]
+    ) -> list[tuple[_Attempt, str, S4Error | None]]:
+        """Make keys of outputs; those that were refused, with the reason."""
+        refused: list[tuple[_Attempt, str, S4Error | None]] = []
+        following = iter(zip(here, makers, strict=True))
+
+        def record(db: Transaction, outcome: Sequence[S4Error | None]) -> None:
+            for error, (finished, attempt) in zip(outcome, following, strict=False):
+                if error is None:
+                    self._stored(attempt)
+                else:
+                    refused.append((attempt, str(error), error))
+                if error is not None or attempt.number > 1:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(finished.file.file)
+            self._parts.jobs.change(db, self.job.id, self._changes)
+            self._changes.clear()
+
+        self._parts.transfers.publish(here, record)
+        return refused
+
+    def _stored(self, attempt: _Attempt) -> None:
+        attempt.unstored -= 1
+        if attempt.unstored == 0 and not attempt.failed:
+            self._finish(attempt)
+
+    def _finish(self, attempt: _Attempt) -> None:
+        size = sum(output.size for output in attempt.outputs)
+        self._counts.done += 1
+        self._counts.bytes_in += attempt.task.bytes_in
+        self._counts.bytes_out += size
+        self._changes.append(self._change(attempt, DONE)._replace(bytes_out=size))
+
+    def _change(self, attempt: _Attempt, state: str) -> TaskChange:
+        """What is known of an attempt that was started."""
+        ticket, ran = attempt.ticket, attempt.ran
+        if ticket is None or ticket.pid is None:
+            return TaskChange(attempt.task.task, state, attempt.number)
+        change = TaskChange(attempt.task.task, state, attempt.number, ticket.pid, round(ticket.started_s, 6))
+        if ticket.done:
+            change = change._replace(seconds=round(ticket.seconds, 6))
+        if ran is None:
+            return change
+        return change._replace(
+            cpu_seconds=round(ran.cpu_seconds, 6),
+            peak_memory=ran.peak_memory,
+            exit_code=ran.exitcode,
+            signal=signal_of(ran.exitcode),
+            stderr=ran.tail,
+        )
+
+    def _fail(self, attempt: _Attempt, problem: str, error: S4Error | None) -> None:
+        """A try failed: again if tries are left, otherwise the task failed."""
+        if isinstance(error, StoppingError):
+            raise error
+        if attempt.failed:  # another of its outputs has failed before
+            return
+        attempt.failed = True
+        change = self._change(attempt, FAILED)._replace(error=problem)
+        if attempt.ran is None and attempt.ticket is not None:  # it was killed, with its stderr in place
+            stderr = self._parts.storage.temporary_file(self._work_name(attempt)) + ".err"
+            change = change._replace(stderr=read_tail(stderr))
+            if isinstance(error, TimeLimitError):
+                change = change._replace(signal=int(signal.SIGKILL))
+        if not attempt.outputs:  # those that were handed on go one by one
+            self._parts.storage.discard(self._work_name(attempt))
+        if attempt.tries_left > 0 and not isinstance(error, ConflictError):
+            self._ready.appendleft(_Attempt(attempt.task, attempt.number + 1, attempt.tries_left - 1))
+            return
+        self._counts.failed += 1
+        self._counts.bytes_in += attempt.task.bytes_in
+        self._changes.append(change)
+        if self.failure is None:
+            kind = ConflictError if isinstance(error, ConflictError) else CommandError
+            where = f"{url(attempt.task.input)} on {self._parts.server}"
+            self.failure = kind(f"{where}: {problem}{one_line(change.stderr)}")
+
+    def _record(self) -> None:
+        """Write down, now and then, what is not yet recorded."""
+        now = time.monotonic()
+        if now < self._recorded + RECORD_SECONDS:
+            return
+        self._recorded = now
+        for ticket, attempt in self._commands.items():
+            if ticket.began_s and not attempt.noted:
+                attempt.noted = True
+                self._changes.append(self._change(attempt, RUNNING))
+        if self._changes or now > self._reported + PROGRESS_SECONDS:
+            self._reported = now
+            self._parts.jobs.progress(self.job.id, self._changes, self._counts)
+            self._changes.clear()
+
+    def _abandon(self, state: str) -> None:
+        """Nothing of a share runs on, and nothing of it stays but the keys that it stored and its record."""
+        reason = CancelledError("the job ended")
+        running = dict(self._commands)
+        tickets = [*running, *self._outbox.tickets]
+        for ticket in tickets:
+            self._parts.pool.cancel(ticket, reason)
+        for ticket in tickets:
+            with contextlib.suppress(S4Error):
+                ticket.result()
+        for ticket, attempt in running.items():
+            if not ticket.began_s:
+                continue
+            stderr = self._parts.storage.temporary_file(self._work_name(attempt)) + ".err"
+            change = self._change(attempt, CANCELLED)._replace(stderr=read_tail(stderr))
+            if state == INTERRUPTED:
+                change = change._replace(state=FAILED, error="the node stopped")
+            self._changes.append(change)
+        if state != DONE:
+            self._parts.storage.discard(self.job.id)
+
+
+def exit_text(exitcode: int) -> str:
+    """How a command ended, in words."""
+    number = signal_of(exitcode)
+    if number is None:
+        return f"exit code {exitcode}"
+    return f"exit code {exitcode} ({signal.Signals(number).name})"
+
+
+def signal_of(exitcode: int) -> int | None:
+    """The signal that an exit code of bash stands for."""
+    number = exitcode - 128
+    return number if number in _SIGNALS else None
+
+
+def one_line(stderr: bytes) -> str:
+    """The end of a command's stderr, to follow a message: its lines joined, empty if there are none."""
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    text = " | ".join(lines)[-TAIL_CHARACTERS:]
+    printable = "".join(c if c.isprintable() else "?" for c in text)
+    return f": {printable}" if printable else ""
