@@ -3,6 +3,9 @@
 Fire parses values (`1e3`, `{a,b}`), takes a lone `-` for itself and runs a command before it complains. So
 the words are encoded first, Fire calls a wrapper that only records the call, and the call is made afterwards.
 Commands import what they need when they run: `s4` runs in loops, and its start-up is what users wait for.
+
+What a command takes is the signature of the function that shows it, `show_…`: its own parameters, and those
+of the client's method of the same name where it has `*words` and `**options` for them.
 """
 
 import gc
@@ -10,13 +13,16 @@ import importlib
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from s4.errors import FAILED, INTERRUPTED, MisuseError, S4Error
+from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, S4Error
+from s4.text import printable
+from s4.words import Line, Usage, command_of
 
 # A Ctrl-C before main() can catch it ends the process without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -25,19 +31,14 @@ _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
 )
 _CLOSED_PIPE = 128 + signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
-_PRESENTATION = ("stdout", "stderr")  # parameters of the Python face that are not for the command line
+_PYTHON_ONLY = ("client", "self", "stdout", "stderr", "watch")  # parameters that are not for the command line
 
+# Where each is shown. Modules with jobs in them are imported for those alone.
 _COMMANDS = {
-    "cp": "cp",
-    "ls": "ls",
-    "rm": "rm",
-    "eval": "eval",
-    "map": "map",
-    "map-to-n": "map_to_n",
-    "map-from-n": "map_from_n",
-    "health": "health",
-    "servers": "servers",
-    "config": "config",
+    **dict.fromkeys(("cp", "ls", "rm", "eval"), "s4.commands"),
+    **dict.fromkeys(("map", "map-to-n", "map-from-n"), "s4.jobcommands"),
+    **dict.fromkeys(("jobs", "job", "wait", "cancel", "retry", "joblog", "stat", "sql"), "s4.jobcommands"),
+    **dict.fromkeys(("health", "servers", "config"), "s4.commands"),
 }
 _USAGE = f"""usage: s4 [-c CONF] COMMAND …
 commands: {", ".join(_COMMANDS)}
@@ -54,20 +55,20 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _CLOSED_PIPE
-    except KeyboardInterrupt:
-        print("fatal: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"fatal: interrupted{': ' if e.args else ''}{e}", file=sys.stderr)
         code = INTERRUPTED
     except S4Error as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
         for line in getattr(e, "failures", []):
-            print(f"failed: {_printable(line)}", file=sys.stderr)
-        print(f"fatal: {_printable(str(e))}", file=sys.stderr)
+            print(f"failed: {printable(line)}", file=sys.stderr)
+        print(f"fatal: {printable(str(e))}", file=sys.stderr)
         code = e.exit_code
     except Exception as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
-        print(f"fatal: {_printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
+        print(f"fatal: {printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
         code = FAILED
     # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
     sys.stderr.flush()
@@ -87,117 +88,93 @@ def _open_standard_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _printable(text: str) -> str:
-    """One line without control characters, which could change what a terminal shows."""
-    line = " ".join(text.encode("utf-8", "backslashreplace").decode().replace(_MARK, "").split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-
-
 def _run(words: Sequence[str]) -> int:
     gc.disable()  # imports make many objects and no garbage; measured, 2 to 3 ms
     _import_without("http.client", ssl={})
     from s4.client import Client
 
-    name, positionals, recursive, conf, wants_help = _read_words(words)
+    name, rest = command_of(words, _COMMANDS)
     if not name:
+        wants_help = Usage(name, []).read(rest).wants_help
         print(_USAGE, file=sys.stdout if wants_help else sys.stderr)
-        return 0 if wants_help else MisuseError.exit_code
-    calls: list[tuple[tuple[str, ...], dict[str, bool]]] = []
-    commands = {shown: _recorder(getattr(Client, method), calls) for shown, method in _COMMANDS.items()}
-    if wants_help:
-        argv = [name, "--", "--help"]
-    else:
-        _check_count(name, getattr(Client, _COMMANDS[name]), positionals, recursive)
-        argv = [name, *(_MARK + word for word in positionals), *(["--recursive=True"] if recursive else [])]
-    _fire(commands, argv)
+        return 0 if wants_help else MISUSE
+    method = name.replace("-", "_")
+    show: Callable[..., int] = getattr(importlib.import_module(_COMMANDS[name]), f"show_{method}")
+    shown = [show, getattr(Client, method)] if hasattr(Client, method) else [show]
+    usage = Usage(name, _parameters(shown))
+    line = usage.read(rest)
+    if not line.wants_help:
+        usage.check_count(line.positionals)
+        usage.values(line.options)
+    calls: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    _fire(name, _recorder(name, usage, shown, calls), _encoded(line))
     gc.freeze()
     gc.enable()
-    if wants_help:
+    if line.wants_help:
         return 0
     [(args, options)] = calls
-    present: Callable[..., int] = globals()[f"_show_{_COMMANDS[name]}"]
-    return present(Client(conf), *(arg.removeprefix(_MARK) for arg in args), **options)
+    typed = {option: str(value).removeprefix(_MARK) for option, value in options.items()}
+    return show(Client(line.conf), *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
 
 
-def _read_words(words: Sequence[str]) -> tuple[str, list[str], bool, str | None, bool]:
-    """(command, positionals, recursive, conf, help) of a command line. Raises MisuseError."""
-    name, recursive, conf, wants_help = "", False, None, False
-    positionals: list[str] = []
-    rest = list(words)
-    plain = False  # after `--` everything is a positional
-    while rest:
-        word = rest.pop(0)
-        if plain or not word.startswith("-") or word == "-" or _is_command_line(name, positionals, word):
-            if name:
-                positionals.append(word)
-            elif word in _COMMANDS:
-                name = word
-            else:
-                raise MisuseError(f"unknown command {word!r}; the commands are {', '.join(_COMMANDS)}")
-        elif word == "--":
-            plain = True
-        elif word in ("-r", "--recursive", "--recursive=true", "--recursive=True"):
-            recursive = True
-        elif word in ("-h", "--help"):
-            wants_help = True
-        elif word in ("-c", "--conf"):
-            if not rest:
-                raise MisuseError(f"{word} needs the path of a conf file")
-            conf = rest.pop(0)
-        elif word.startswith("--conf="):
-            conf = word.removeprefix("--conf=")
-        else:
-            raise MisuseError(f"unknown option {word!r}; write -- before arguments that start with '-'")
-    return name, positionals, recursive, conf, wants_help
+def _encoded(line: Line) -> list[str]:
+    """Arguments and options as Fire takes them without a look inside."""
+    if line.wants_help:
+        return ["--", "--help"]
+    options = [f"--{parameter}={_MARK}{value}" for parameter, value in line.options.items()]
+    return [*(_MARK + word for word in line.positionals), *options]
 
 
-def _is_command_line(name: str, positionals: list[str], word: str) -> bool:
-    """Whether a word with a dash stands where eval and the jobs take CMD, which may be any text."""
-    place = {"eval": 1, "map": 2, "map-to-n": 2, "map-from-n": 2}.get(name)
-    return (
-        len(positionals) == place
-        and word not in ("--", "-h", "--help", "-c", "--conf")
-        and not word.startswith("--conf=")
-    )
-
-
-def _parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    found = inspect.signature(method).parameters.values()
-    return [p for p in found if p.name not in ("self", *_PRESENTATION)]
-
-
-def _check_count(name: str, method: Callable[..., Any], positionals: list[str], recursive: bool) -> None:
-    parameters = _parameters(method)
-    places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    needed = [p for p in places if p.default is p.empty]
-    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if recursive and "recursive" not in options:
-        raise MisuseError(f"s4 {name} has no option -r")
-    if not len(needed) <= len(positionals) <= len(places):
-        shown = " ".join(p.name.upper() if p in needed else f"[{p.name.upper()}]" for p in places)
-        flag = "[-r] " if options else ""
-        raise MisuseError(f"{len(positionals)} arguments, but the usage is: s4 {name} {flag}{shown}")
+def _parameters(shown: Sequence[Callable[..., Any]]) -> list[inspect.Parameter]:
+    """What a command takes: the parameters of `show_…`, and those of the method that it passes on."""
+    own, *methods = (inspect.signature(function).parameters.values() for function in shown)
+    takes = {p.kind for p in own}
+    found = {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for method in methods:
+        for p in method:
+            passed_on = p.VAR_KEYWORD if p.kind is p.KEYWORD_ONLY else p.VAR_POSITIONAL
+            if passed_on in takes:
+                found.setdefault(p.name, p)
+    named = [p for p in found.values() if p.name not in _PYTHON_ONLY]
+    return sorted(named, key=lambda p: p.kind)
 
 
 def _recorder(
-    method: Callable[..., Any], calls: list[tuple[tuple[str, ...], dict[str, bool]]]
+    name: str,
+    usage: Usage,
+    shown: Sequence[Callable[..., Any]],
+    calls: list[tuple[tuple[str, ...], dict[str, Any]]],
 ) -> Callable[..., None]:
-    """A function with the signature and the help of a client method that only notes how it was called."""
+    """A function with the signature and the help of a command that only notes how it was called."""
 
-    def record(*args: str, **options: bool) -> None:
+    def record(*args: str, **options: Any) -> None:
         calls.append((args, options))
 
     # Fire would offer an optional positional as a flag.
-    shown = [
+    parameters = [
         p.replace(kind=p.VAR_POSITIONAL, default=p.empty)
-        if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
+        if p in usage.places and p.default is not p.empty
         else p
-        for p in _parameters(method)
+        for p in usage.parameters
     ]
-    vars(record)["__signature__"] = inspect.Signature(shown)
-    record.__name__ = method.__name__
-    record.__doc__ = method.__doc__
+    vars(record)["__signature__"] = inspect.Signature(parameters)
+    record.__name__ = name
+    record.__doc__ = _documentation(shown)
     return record
+
+
+def _documentation(shown: Sequence[Callable[..., Any]]) -> str:
+    """What the method does, and all arguments and options."""
+    texts = [inspect.getdoc(function) or "" for function in reversed(shown)]
+    arguments: dict[str, str] = {}
+    for text in texts:
+        arguments |= {entry[1]: entry[0] for entry in _ARGUMENT.finditer(text.partition("Args:\n")[2])}
+    paragraphs = texts[0].partition("\n\nArgs:")[0].split("\n\n")
+    about = [paragraph for paragraph in paragraphs if not paragraph.startswith(("Raises ", "Returns "))]
+    return "\n\n".join(about) + "\n\nArgs:\n" + "\n".join(arguments.values())
+
+
+_ARGUMENT = re.compile(r"(?m)^    (\w+): .*(?:\n {5,}\S.*)*")
 
 
 def _import_without(module: str, **unused: dict[str, Any]) -> Any:
@@ -218,7 +195,7 @@ def _import_without(module: str, **unused: dict[str, Any]) -> Any:
                 del sys.modules[name]
 
 
-def _fire(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:
+def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
     fire = _import_without(
         "fire",
         asyncio={"iscoroutinefunction": lambda _function: False},
@@ -226,76 +203,29 @@ def _fire(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:
     )
     fire.core.Display = lambda lines, out: _show_help("\n".join(lines))  # without a pager
     try:
-        fire.Fire(commands, command=argv, name="s4")
+        fire.Fire({name: command}, command=[name, *argv], name="s4")
     except SystemExit as e:
         if e.code:
-            raise MisuseError(f"s4 {argv[0]}: arguments not understood; see s4 {argv[0]} --help") from None
+            raise MisuseError(f"s4 {name}: arguments not understood; see s4 {name} --help") from None
 
 
 def _show_help(text: str) -> None:
     # What Fire says of flags for positionals is not so here, and its separator is no part of a command.
-    print(text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -"))
+    text = text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -")
+    print(_OPTION.sub(_as_typed, text))
 
 
-def _show_cp(client: Any, src: str, dst: str, recursive: bool = False) -> int:
-    client.cp(src, dst, recursive=recursive)
-    return 0
+# Fire's `-k, --keep_going=KEEP_GOING`, its type and its default, each in a line.
+_OPTION = re.compile(r"(?m)^    (?:-\w, )?--(\w+)=(\w+)((?:\n +(?:Type|Default): .*)*)$")
 
 
-def _show_ls(client: Any, prefix: str = "", recursive: bool = False) -> int:
-    lines: list[str] = []
-    found = False
-    for date, time, size, path in client.ls(prefix, recursive=recursive):
-        lines.append(f"{date:10} {time:8} {size:>12} {path}\n")
-        if len(lines) == 5000:
-            sys.stdout.write("".join(lines))
-            lines.clear()
-            found = True
-    sys.stdout.write("".join(lines))
-    return 0 if found or lines else FAILED
+def _as_typed(option: re.Match[str]) -> str:
+    """An option of the help as it is typed here: with hyphens, without letters that mean nothing."""
+    name, value, about = option.groups()
+    shown = ("-r, " if name == "recursive" else "") + "--" + name.replace("_", "-")
+    default = re.search(r"\n +Default: (?!None|False|'').*", about)
+    return f"    {shown}" + ("" if "Type: bool" in about else f"={value}") + (default[0] if default else "")
 
-
-def _show_rm(client: Any, prefix: str, recursive: bool = False) -> int:
-    client.rm(prefix, recursive=recursive)
-    return 0
-
-
-def _show_eval(client: Any, key: str, cmd: str) -> int:
-    done = client.eval(key, cmd, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
-    return int(done.exitcode)
-
-
-def _show_map(client: Any, indir: str, outdir: str, cmd: str) -> int:
-    client.map(indir, outdir, cmd)
-    return 0
-
-
-def _show_map_to_n(client: Any, indir: str, outdir: str, cmd: str) -> int:
-    client.map_to_n(indir, outdir, cmd)
-    return 0
-
-
-def _show_map_from_n(client: Any, indir: str, outdir: str, cmd: str) -> int:
-    client.map_from_n(indir, outdir, cmd)
-    return 0
-
-
-def _show_health(client: Any) -> int:
-    found = client.health()
-    for server, problem in found.items():
-        print(f"{'unhealthy' if problem else 'healthy'}: {'' if problem else '  '}{server}")
-        if problem:
-            print(f"{server}: {_printable(problem)}", file=sys.stderr)
-    return FAILED if any(found.values()) else 0
-
-
-def _show_servers(client: Any) -> int:
-    for server in client.servers():
-        print(server)
-    return 0
-
-
-_show_config = _show_servers
 
 if __name__ == "__main__":
     main()

@@ -3,24 +3,27 @@
 `Client` is the Python face of s4, and the command line is generated from it.
 """
 
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from s4.asking import GRACE_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
-from s4.errors import BadRequestError, MissingError, NodeError, S4Error
-from s4.http import EXITCODE_HEADER, FOREVER, STDERR_SIZE_HEADER, Caller
-from s4.keys import check_job_folders, new_job_id, owner, parse_key, parse_prefix, url
+from s4.errors import BadRequestError, NodeError, S4Error
+from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
+from s4.keys import new_job_id, owner, parse_key, parse_prefix, url
 from s4.listing import Entry, merge, rows, without_repeats
+
+if TYPE_CHECKING:
+    from s4.following import Watch
+    from s4.jobcontrol import Request
+    from s4.queries import KeyInfo, Result
+    from s4.summary import JobSummary, PlanPart, Task
 
 __all__ = ["Client", "Entry", "Evaluation", "S4Error"]
 
 HEALTH_SECONDS = 1.0
-GRACE_SECONDS = 30.0  # how much longer than a command's time limit its answer may take
-
-T = TypeVar("T")
 
 
 class Evaluation(NamedTuple):
@@ -150,81 +153,269 @@ class Client:
                 written.append(b"".join(kept))
             return Evaluation(int(exitcode), *written)
 
-    def map(self, indir: str, outdir: str, cmd: str) -> int:
+    def map(
+        self,
+        indir: str,
+        outdir: str,
+        cmd: str,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        keep_going: bool = False,
+        skip_existing: bool = False,
+        no_overlap: bool = False,
+        watch: "Watch | None" = None,
+    ) -> "JobSummary":
         """Run a bash command for each key: its data on stdin, stdout becomes OUTDIR + the same path.
 
-        Returns the number of commands.
+        Raises JobError if a task fails.
 
         Args:
             indir: s4://BUCKET/DIR/ or a glob such as s4://BUCKET/DIR/*/*_2.
             outdir: s4://BUCKET/DIR/.
             cmd: a bash line; $filename is the key's NAME.
+            timeout: seconds that a command may take; S4_TIMEOUT or 300 without it.
+            retries: how often a task is tried again when its command fails or its worker dies.
+            keep_going: run the rest when a task fails, and fail at the end.
+            skip_existing: skip inputs whose output exists already.
+            no_overlap: start nothing if the same job is still running.
+            watch: hears of the progress.
         """
-        return self._job("/map", indir, outdir, cmd)
+        from s4.jobcontrol import run
 
-    def map_to_n(self, indir: str, outdir: str, cmd: str) -> int:
+        request = self.request(
+            "map",
+            indir,
+            outdir,
+            cmd,
+            timeout=timeout,
+            retries=retries,
+            keep_going=keep_going,
+            skip_existing=skip_existing,
+            no_overlap=no_overlap,
+        )
+        return run(self, request, watch)
+
+    def map_to_n(
+        self,
+        indir: str,
+        outdir: str,
+        cmd: str,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        keep_going: bool = False,
+        skip_existing: bool = False,
+        no_overlap: bool = False,
+        watch: "Watch | None" = None,
+    ) -> "JobSummary":
         """Run a bash command for each key; it writes files and prints their paths: the shuffle.
 
-        Each file becomes OUTDIR + the key's NAME + '/' + the file's name, on the node that owns it. Returns
-        the number of commands.
+        Each file becomes OUTDIR + the key's NAME + '/' + the file's name, on the node that owns it.
+
+        Raises JobError if a task fails.
 
         Args:
             indir: s4://BUCKET/DIR/ or a glob such as s4://BUCKET/DIR/*/*_2.
             outdir: s4://BUCKET/DIR/.
             cmd: a bash line; $filename is the key's NAME.
+            timeout: seconds that a command may take; S4_TIMEOUT or 300 without it.
+            retries: how often a task is tried again when its command fails or its worker dies.
+            keep_going: run the rest when a task fails, and fail at the end.
+            skip_existing: skip inputs whose output exists already.
+            no_overlap: start nothing if the same job is still running.
+            watch: hears of the progress.
         """
-        return self._job("/map_to_n", indir, outdir, cmd)
+        from s4.jobcontrol import run
 
-    def map_from_n(self, indir: str, outdir: str, cmd: str) -> int:
+        request = self.request(
+            "map-to-n",
+            indir,
+            outdir,
+            cmd,
+            timeout=timeout,
+            retries=retries,
+            keep_going=keep_going,
+            skip_existing=skip_existing,
+            no_overlap=no_overlap,
+        )
+        return run(self, request, watch)
+
+    def map_from_n(
+        self,
+        indir: str,
+        outdir: str,
+        cmd: str,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        keep_going: bool = False,
+        skip_existing: bool = False,
+        no_overlap: bool = False,
+        watch: "Watch | None" = None,
+    ) -> "JobSummary":
         """Run a bash command for each group of keys with the same prefix of NAME: the merge.
 
-        Its stdin are the paths of the group's files, one a line; stdout becomes OUTDIR + the prefix. Returns
-        the number of commands.
+        Its stdin are the paths of the group's files, one a line; stdout becomes OUTDIR + the prefix.
+
+        Raises JobError if a task fails.
 
         Args:
             indir: s4://BUCKET/DIR/ or a glob such as s4://BUCKET/DIR/*/*_2.
             outdir: s4://BUCKET/DIR/.
             cmd: a bash line.
+            timeout: seconds that a command may take; S4_TIMEOUT or 300 without it.
+            retries: how often a task is tried again when its command fails or its worker dies.
+            keep_going: run the rest when a task fails, and fail at the end.
+            skip_existing: skip inputs whose output exists already.
+            no_overlap: start nothing if the same job is still running.
+            watch: hears of the progress.
         """
-        return self._job("/map_from_n", indir, outdir, cmd)
+        from s4.jobcontrol import run
 
-    def _job(self, path: str, indir: str, outdir: str, cmd: str) -> int:
-        check_job_folders(_with_scheme(indir), _with_scheme(outdir))
-        job_id = new_job_id()
-        request = {"cmd": cmd, "indir": indir, "outdir": outdir, "job": job_id, "timeout": self._timeout}
-        body = json.dumps(request).encode()
+        request = self.request(
+            "map-from-n",
+            indir,
+            outdir,
+            cmd,
+            timeout=timeout,
+            retries=retries,
+            keep_going=keep_going,
+            skip_existing=skip_existing,
+            no_overlap=no_overlap,
+        )
+        return run(self, request, watch)
 
-        callers: list[Caller] = []
+    def request(
+        self,
+        kind: str,
+        indir: str,
+        outdir: str,
+        cmd: str,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        keep_going: bool = False,
+        skip_existing: bool = False,
+        no_overlap: bool = False,
+    ) -> "Request":
+        """A job for `submit` and `plan`; the arguments are those of `map`, kind is its name or the like."""
+        from s4.jobcontrol import Request
 
-        def run(server: str) -> int:
-            with self.caller(server) as caller:
-                callers.append(caller)
-                caller.call("GET", "/health")  # a job has no time limit; find out now who is no node
-                answer = caller.call("POST", path, None, body, silence=FOREVER)
-                try:
-                    return int(json.loads(answer)["tasks"])
-                except (ValueError, TypeError, KeyError):
-                    raise NodeError(server, "its answer makes no sense") from None
+        seconds = self.timeout if timeout is None else timeout
+        return Request(kind, indir, outdir, cmd, seconds, retries, keep_going, skip_existing, no_overlap)
 
-        def give_up() -> None:
-            self._cancel(job_id)
-            for caller in callers:
-                caller.abort()
+    def submit(self, request: "Request") -> str:
+        """Start a job and return its id; `wait` follows it."""
+        from s4.jobcontrol import start
 
-        tasks = at_once(run, self.servers(), on_failure=give_up)
-        if sum(tasks) == 0:
-            raise MissingError(f"nothing to map: no keys in {indir}")
-        return sum(tasks)
+        return start(self, request)
 
-    def _cancel(self, job_id: str) -> None:
-        def cancel(server: str) -> None:
-            try:
-                with Caller(server, self._conf.fingerprint, HEALTH_SECONDS) as caller:
-                    caller.call("POST", "/cancel", {"job": job_id}, silence=self._timeout)
-            except S4Error:
-                pass  # it is down, or has not begun or has ended its share; the first failure is what counts
+    def plan(self, request: "Request") -> "list[PlanPart]":
+        """What a job would have to do on each node; nothing runs."""
+        from s4.jobcontrol import plan
 
-        at_once(cancel, self.servers())
+        return plan(self, request)
+
+    def jobs(self, *, limit: int = 20) -> "Iterator[JobSummary]":
+        """List the recent jobs of the cluster, the newest first.
+
+        Raises UnreachableError after the last if a node is down.
+
+        Args:
+            limit: at most so many.
+        """
+        from s4.jobcontrol import jobs
+
+        return jobs(self, limit)
+
+    def job(self, job: str) -> "JobSummary":
+        """Show a job: how far it is on each node, and what failed.
+
+        Args:
+            job: its id, or a beginning of it that no other job has.
+        """
+        from s4.jobcontrol import find
+
+        return find(self, job).summary()
+
+    def wait(self, job: str, *, watch: "Watch | None" = None) -> "JobSummary":
+        """Wait for the end of a job, whoever started it. A Ctrl-C leaves it alone.
+
+        Raises JobError if it does not end well.
+
+        Args:
+            job: its id, or a beginning of it that no other job has.
+            watch: hears of the progress.
+        """
+        from s4.jobcontrol import wait
+
+        return wait(self, job, watch)
+
+    def cancel(self, job: str) -> "tuple[JobSummary, bool]":
+        """Stop a job on all nodes, with all that it runs.
+
+        Returns how it is then, and whether it had ended before.
+
+        Args:
+            job: its id, or a beginning of it that no other job has.
+        """
+        from s4.jobcontrol import cancel
+
+        return cancel(self, job)
+
+    def retry(self, job: str, *, detach: bool = False, watch: "Watch | None" = None) -> "JobSummary | None":
+        """Run again what failed, was cancelled or was lost of a job, and only that.
+
+        Raises JobError if it does not end well. Returns None if there is nothing to do.
+
+        Args:
+            job: its id, or a beginning of it that no other job has.
+            detach: return at once, with how it begins.
+            watch: hears of the progress.
+        """
+        from s4.jobcontrol import retry
+
+        return retry(self, job, watch, detach=detach)
+
+    def tasks(self, job: str, *, state: str = "", stderr: bool = False) -> "Iterator[Task]":
+        """The tasks of a job in their order, in one of the states (with ',' between them) or all.
+
+        With `stderr` they come with what their commands wrote. Raises UnreachableError after the last if a
+        node is down.
+        """
+        from s4.jobcontrol import tasks
+
+        return tasks(self, job, state=state, stderr=stderr)
+
+    def stat(self, key: str) -> "KeyInfo":
+        """Show what is known of a key: size, checksum, place, and the job, task and command that made it.
+
+        Args:
+            key: s4://BUCKET/KEY.
+        """
+        from s4.queries import stat
+
+        return stat(self, key)
+
+    def sql(self, query: str, *, limit: int = 100_000) -> "Result":
+        """Run a query on the index of every node; the first column of the result names the node.
+
+        Raises S4Error, which names the node, for a query that writes, takes too long or finds too much.
+
+        Args:
+            query: a SELECT, in SQLite's dialect.
+            limit: more rows than this are an error.
+        """
+        from s4.queries import sql
+
+        return sql(self, query, limit)
+
+    def schema(self) -> "list[list[str]]":
+        """What `sql` can ask: rows of table or view, column, type, and what it means."""
+        from s4.queries import schema
+
+        return schema(self)
 
     def health(self) -> dict[str, str | None]:
         """Ask every server whether it is healthy: None, or what is wrong with it."""
@@ -253,59 +444,22 @@ class Client:
         """The servers, host:port, in the conf's order (the same as servers)."""
         return self.servers()
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that a command may take, and that a busy or silent server is waited for."""
+        return self._timeout
+
     def server_of(self, path: str) -> str:
         """The server that owns a key, given as BUCKET/PATH/NAME."""
         servers: Sequence[Server] = self._conf.servers
         return str(servers[owner(path, len(servers))])
 
-    def caller(self, server: str) -> Caller:
+    def caller(self, server: str, timeout: float | None = None) -> Caller:
         """A new connection to a server."""
-        return Caller(server, self._conf.fingerprint, self._timeout)
+        return Caller(server, self._conf.fingerprint, self._timeout if timeout is None else timeout)
 
 
 def _with_scheme(text: str) -> str:
     if not text.startswith("s4://"):
         raise BadRequestError(f"{text!r} is not an s4 path: write s4://BUCKET/…")
     return text
-
-
-def at_once(
-    call: Callable[[str], T], servers: Sequence[str], on_failure: Callable[[], None] = lambda: None
-) -> list[T]:
-    """Call all servers, each in a thread, and return the results in order.
-
-    At the first failure, or a Ctrl-C, `on_failure()` is called, which should make the others end; then the
-    first error is raised.
-    """
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    changed = threading.Condition()
-
-    def run(i: int, server: str) -> None:
-        try:
-            result = call(server)
-        except BaseException as e:
-            with changed:
-                errors.append(e)
-                changed.notify()
-        else:
-            with changed:
-                results[i] = result
-                changed.notify()
-
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(servers)]
-    for thread in threads:
-        thread.start()
-    try:
-        with changed:
-            changed.wait_for(lambda: errors or len(results) == len(servers))
-    except KeyboardInterrupt:
-        on_failure()
-        raise
-    if errors:
-        first = errors[0]
-        on_failure()
-        for thread in threads:
-            thread.join(GRACE_SECONDS)
-        raise first
-    return [results[i] for i in range(len(servers))]

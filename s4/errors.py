@@ -3,6 +3,7 @@
 # Exit codes of the `s4` command.
 FAILED = 1
 MISUSE = 2
+UNREACHABLE = 3
 INTERRUPTED = 130
 
 
@@ -23,7 +24,7 @@ def rebuilt(name: str, message: str) -> S4Error:
 
 
 class MisuseError(S4Error):
-    """The command line was not understood: unknown command, option or number of arguments."""
+    """The command line was not understood: unknown command, option, number of arguments, or bad value."""
 
     exit_code = MISUSE
 
@@ -91,6 +92,12 @@ class NodeError(S4Error):
     def __init__(self, server: str, reason: str) -> None:
         super().__init__(f"{server}: {reason}")
         self.server = server
+
+
+class UnreachableError(NodeError):
+    """A node that a job, or a question about one, needs cannot be reached."""
+
+    exit_code = UNREACHABLE
 
 
 class DamagedIndexError(S4Error):

@@ -21,6 +21,7 @@ from s4.errors import (
     ConflictError,
     MissingError,
     NodeError,
+    OverlapError,
     S4Error,
     StoppingError,
 )
@@ -37,6 +38,7 @@ _ERRORS: dict[int, type[S4Error]] = {
     400: BadRequestError,
     404: MissingError,
     409: ConflictError,
+    423: OverlapError,
     429: BusyError,
     503: StoppingError,
 }

@@ -17,6 +17,8 @@ MAX_SEGMENT_BYTES = 255
 MAX_KEY_BYTES = 1024
 MAX_NUMERIC_PREFIX = 2**63
 
+_ID_DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: none looks like another
+
 _FORBIDDEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -169,8 +171,9 @@ def _segment_matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def new_job_id() -> str:
-    """An id that sorts by time and is short enough to type: 8 hex digits of seconds, 6 at random."""
-    return f"{int(time.time()):08x}{os.urandom(3).hex()}"
+    """An id that sorts by time and is short enough to type: 8 digits of 1/32 seconds, 4 at random."""
+    number = int(time.time() * 32) << 20 | int.from_bytes(os.urandom(3)) >> 4
+    return "".join(_ID_DIGITS[number >> shift & 31] for shift in range(55, -1, -5))
 
 
 def check_job_folders(indir: str, outdir: str) -> tuple[str, str, str]:

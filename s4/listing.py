@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from http.client import HTTPResponse
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from s4.errors import NodeError
 from s4.http import Caller
@@ -26,6 +26,15 @@ _PATH = attrgetter("path")
 
 def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
     """The rows of one node, in chunks. Raises NodeError if the answer is broken or no listing."""
+    for found in json_rows(caller, response):
+        try:
+            yield [Entry(date, time, size, path) for date, time, size, path in found]
+        except (ValueError, TypeError):
+            raise _nonsense(caller) from None
+
+
+def json_rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Any]]:
+    """The values of a JSON list that has each in a line of its own, in chunks. Raises NodeError."""
     with caller.reading():
         opening, tail = response.read(1), b""
     if opening != b"[":
@@ -43,12 +52,12 @@ def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
     yield _parse(caller, tail[:-1])
 
 
-def _parse(caller: Caller, lines: bytes) -> list[Entry]:
+def _parse(caller: Caller, lines: bytes) -> list[Any]:
     # A row a line: whole lines are a JSON list but for the brackets and a comma at the end.
     try:
-        found = json.loads(b"[" + lines.strip(b",\n") + b"]")
-        return [Entry(date, time, size, path) for date, time, size, path in found]
-    except (ValueError, TypeError):
+        found: list[Any] = json.loads(b"[" + lines.strip(b",\n") + b"]")
+        return found
+    except ValueError:
         raise _nonsense(caller) from None
 
 

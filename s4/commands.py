@@ -1,0 +1,59 @@
+"""How commands for keys and servers are shown. What `show_x` does not name, it takes as `Client.x` does."""
+
+import sys
+from typing import Any
+
+from s4.errors import FAILED
+from s4.text import printable
+
+
+def show_cp(client: Any, *words: str, **options: Any) -> int:
+    """Nothing is said of a success."""
+    client.cp(*words, **options)
+    return 0
+
+
+def show_ls(client: Any, *words: str, **options: Any) -> int:
+    """A line a key or folder; exit 1 if there is none."""
+    lines: list[str] = []
+    found = False
+    for date, time, size, path in client.ls(*words, **options):
+        lines.append(f"{date:10} {time:8} {size:>12} {path}\n")
+        if len(lines) == 5000:
+            sys.stdout.write("".join(lines))
+            lines.clear()
+            found = True
+    sys.stdout.write("".join(lines))
+    return 0 if found or lines else FAILED
+
+
+def show_rm(client: Any, *words: str, **options: Any) -> int:
+    """Nothing is said of a success."""
+    client.rm(*words, **options)
+    return 0
+
+
+def show_eval(client: Any, *words: str) -> int:
+    """What the command writes goes where it belongs; the exit code is its own."""
+    done = client.eval(*words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
+    return int(done.exitcode)
+
+
+def show_health(client: Any) -> int:
+    """A line a server; exit 1 if one is unhealthy."""
+    found = client.health()
+    for server, problem in found.items():
+        print(f"{'unhealthy' if problem else 'healthy'}: {'' if problem else '  '}{server}")
+        if problem:
+            print(f"{server}: {printable(problem)}", file=sys.stderr)
+    return FAILED if any(found.values()) else 0
+
+
+def show_servers(client: Any) -> int:
+    """A line a server."""
+    for server in client.servers():
+        print(server)
+    return 0
+
+
+show_config = show_servers

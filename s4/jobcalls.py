@@ -1,0 +1,73 @@
+"""What the client asks one node about jobs, and the answers as objects."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from s4.asking import GRACE_SECONDS, ask, reaching
+from s4.errors import MissingError, NodeError
+from s4.listing import json_rows
+from s4.summary import PlanPart, Share, Task
+
+if TYPE_CHECKING:
+    from s4.client import Client
+
+
+def read_json(server: str, answer: bytes) -> Any:
+    """The value of a JSON text. Raises NodeError."""
+    try:
+        return json.loads(answer)
+    except ValueError:
+        raise NodeError(server, "its answer makes no sense") from None
+
+
+def submit(client: "Client", server: str, path: str, request: dict[str, Any]) -> Share:
+    """Start a node's share; returns it as it is then."""
+    body = json.dumps(request).encode()
+    return _share(server, ask(client, server, "POST", path, None, body))
+
+
+def cancel(client: "Client", server: str, job: str, run: int | None = None) -> Share | None:
+    """End a node's share and all that it runs; None if it has none, and then it never will."""
+    parameters = {"job": job} | ({} if run is None else {"run": str(run)})
+    try:
+        return _share(server, ask(client, server, "POST", "/cancel", parameters, silence=2 * GRACE_SECONDS))
+    except MissingError:
+        return None
+
+
+def shares(client: "Client", server: str, **parameters: str) -> list[Share]:
+    """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
+    answer = ask(client, server, "GET", "/jobs", parameters)
+    with reaching(server):
+        found = read_json(server, answer)
+        if not isinstance(found, list):
+            raise NodeError(server, "its answer makes no sense")
+        return [Share.read(server, value) for value in found]
+
+
+def plan(client: "Client", server: str, request: dict[str, Any]) -> PlanPart:
+    """What a node would have to do for a job."""
+    answer = ask(client, server, "POST", "/plan", None, json.dumps(request).encode(), silence=client.timeout)
+    with reaching(server):
+        return PlanPart.read(server, read_json(server, answer))
+
+
+def tasks_of(
+    client: "Client", server: str, job: str, *, state: str = "", stderr: bool = False
+) -> Iterator[Task]:
+    """A node's tasks of a job in their order, as they come; none if it has no share of it."""
+    parameters = {"job": job} | ({"state": state} if state else {}) | ({"stderr": "true"} if stderr else {})
+    with reaching(server), client.caller(server) as caller:
+        try:
+            response = caller.open("GET", "/tasks", parameters)
+        except MissingError:
+            return
+        for rows in json_rows(caller, response):
+            for row in rows:
+                yield Task.read(server, row)
+
+
+def _share(server: str, answer: bytes) -> Share:
+    with reaching(server):
+        return Share.read(server, read_json(server, answer))

@@ -1,0 +1,366 @@
+"""Jobs over the whole cluster: submit, wait, cancel, retry, plan; a job is named by a beginning of its id."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from s4 import jobcalls
+from s4.asking import at_once, check_all_reachable, down, each
+from s4.errors import (
+    FAILED,
+    UNREACHABLE,
+    BadRequestError,
+    ConflictError,
+    MissingError,
+    MisuseError,
+    OverlapError,
+    S4Error,
+    UnreachableError,
+)
+from s4.following import Follower, Watch
+from s4.keys import check_job_folders, new_job_id
+from s4.report import ending, failure_lines
+from s4.summary import (
+    DONE,
+    EVAL,
+    MISSING,
+    RUNNING,
+    JobSummary,
+    PlanPart,
+    Share,
+    Task,
+    lost_part,
+    merged,
+    part_of,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    from s4.client import Client
+
+KINDS = ("map", "map-to-n", "map-from-n")
+MAX_TIMEOUT = 366 * 86400.0
+MAX_RETRIES = 1000
+MAX_LIMIT = 1_000_000
+CANDIDATES = 10  # so many ids are named if the beginning of one is ambiguous
+_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+class JobError(S4Error):
+    """A job did not end well. `summary` tells how it ended, `failures` are lines that name what failed.
+
+    The exit code is 3 if a node could not be reached.
+    """
+
+    def __init__(self, summary: JobSummary, text: str, failures: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.summary = summary
+        self.failures = list(failures)
+        self.exit_code = UNREACHABLE if summary.unreachable else FAILED
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job to be submitted. `timeout` in seconds, for each command."""
+
+    kind: str
+    indir: str
+    outdir: str
+    cmd: str
+    timeout: float
+    retries: int = 0
+    keep_going: bool = False
+    skip_existing: bool = False
+    no_overlap: bool = False
+
+    def check(self) -> None:
+        """Raises what a node would refuse, before anything is asked: MisuseError, BadRequestError."""
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise MisuseError(f"--timeout {self.timeout:g}: it must be above 0 and at most a year of seconds")
+        if not 0 <= self.retries <= MAX_RETRIES:
+            raise MisuseError(f"--retries {self.retries}: it must be from 0 to {MAX_RETRIES}")
+        for folder in (self.indir, self.outdir):
+            if not folder.startswith("s4://"):
+                raise BadRequestError(f"{folder!r} is not an s4 path: write s4://BUCKET/…")
+        check_job_folders(self.indir, self.outdir)
+
+    def is_twin(self, share: Share) -> bool:
+        """Whether a share belongs to a job that does the same work."""
+        return (self.kind, self.indir, self.outdir, self.cmd) == (
+            share.kind,
+            share.indir,
+            share.outdir,
+            share.command,
+        )
+
+
+class Found(NamedTuple):
+    """A job by its id: the share of each server, None where there is none, and the servers that are down.
+
+    An eval has a share on one server only.
+    """
+
+    job: str
+    shares: dict[str, Share | None]
+    down: dict[str, UnreachableError]
+
+    @property
+    def share(self) -> Share:
+        """Any share of it, of the newest run."""
+        return max(
+            (share for share in self.shares.values() if share is not None), key=lambda share: share.run
+        )
+
+    def summary(self) -> JobSummary:
+        """The job as it is now; a node that is down, or has no share although it should, is part of it."""
+        parts = []
+        for server, share in self.shares.items():
+            if share is not None:
+                parts.append(part_of(share))
+            elif server in self.down:
+                reason = str(self.down[server]).removeprefix(f"{server}: ")
+                parts.append(lost_part(server, reason, None))
+            else:
+                parts.append(lost_part(server, "it has no record of the job", None, MISSING))
+        return summarize(self.share, parts)
+
+
+def run(client: "Client", request: Request, watch: Watch | None) -> JobSummary:
+    """Submit a job and follow it to its end. Raises JobError if it does not end well.
+
+    A Ctrl-C cancels it on all nodes; a second one leaves at once.
+    """
+    watch = watch or Watch()
+    _prepare(client, request)
+    job = new_job_id()
+    with _cancelling(client, job, watch):
+        summary = _follow(client, _submit(client, request, job), watch)
+    if summary.state == DONE and summary.tasks == 0 and not request.skip_existing:
+        raise JobError(summary, f"nothing to map: no keys in {request.indir}")
+    return _ended_well(summary)
+
+
+def start(client: "Client", request: Request) -> str:
+    """Submit a job and return its id."""
+    _prepare(client, request)
+    job = new_job_id()
+    with _cancelling(client, job, Watch()):
+        _submit(client, request, job)
+    return job
+
+
+def _prepare(client: "Client", request: Request) -> None:
+    """Raises what speaks against a job before any node has begun it."""
+    request.check()
+    check_all_reachable(client)
+    if request.no_overlap:
+        _check_no_twin(client, request)
+
+
+def _submit(client: "Client", request: Request, job: str) -> dict[str, Share]:
+    """Start a job on all nodes or on none."""
+    body = {**asdict(request), "job": job, "detach": True}
+    path = "/" + body.pop("kind").replace("-", "_")
+
+    def post(server: str) -> Share:
+        return jobcalls.submit(client, server, path, body)
+
+    # Of two that submit the same at once, the first server lets one through.
+    servers, first = client.servers(), 1 if request.no_overlap else 0
+    return _all_or_none(client, job, None, post, [servers[:first], servers[first:]])
+
+
+def _check_no_twin(client: "Client", request: Request) -> None:
+    parameters = {"state": RUNNING, "limit": "1000"}
+    for shares in at_once(lambda server: jobcalls.shares(client, server, **parameters), client.servers()):
+        for share in shares:
+            if request.is_twin(share):
+                raise OverlapError(f"job {share.id} is still running: {request.kind} of {request.indir}")
+
+
+def _all_or_none(
+    client: "Client", job: str, run: int | None, post: Callable[[str], Share], rounds: Sequence[list[str]]
+) -> dict[str, Share]:
+    """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised."""
+    shares: dict[str, Share] = {}
+    for servers in rounds:
+        shares |= zip(
+            servers, at_once(post, servers, on_failure=lambda: _cancel_quietly(client, job, run)), strict=True
+        )
+    return shares
+
+
+@contextlib.contextmanager
+def _cancelling(client: "Client", job: str, watch: Watch, run: int | None = None) -> Iterator[None]:
+    """Have a Ctrl-C cancel a job before it goes on its way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        watch.cancelling(job)
+        _cancel_quietly(client, job, run)
+        raise KeyboardInterrupt(f"job {job} is cancelled") from None
+
+
+def _cancel_quietly(client: "Client", job: str, run: int | None) -> None:
+    """Cancel a job on all nodes that can be reached, and wait for that."""
+
+    def attempt(server: str) -> None:
+        try:
+            jobcalls.cancel(client, server, job, run)
+        except S4Error:
+            pass  # what went wrong before is what counts
+
+    at_once(attempt, client.servers())
+
+
+def _follow(client: "Client", shares: Mapping[str, Share | None], watch: Watch) -> JobSummary:
+    newest = max((share for share in shares.values() if share is not None), key=lambda share: share.run)
+    return Follower(client, newest, shares, watch).wait()
+
+
+def _ended_well(summary: JobSummary) -> JobSummary:
+    if summary.state != DONE:
+        raise JobError(summary, ending(summary), failure_lines(summary))
+    return summary
+
+
+def wait(client: "Client", prefix: str, watch: Watch | None) -> JobSummary:
+    """Follow a job that runs to its end. Raises JobError if it does not end well."""
+    found = find(client, prefix)
+    try:
+        return _ended_well(_follow(client, found.shares, watch or Watch()))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"job {found.job} goes on; s4 wait {found.job}") from None
+
+
+def cancel(client: "Client", prefix: str) -> tuple[JobSummary, bool]:
+    """End a job everywhere. Returns it as it is then, and whether it had ended before.
+
+    Raises UnreachableError, after the others have ended it, if a node that may run it is down.
+    """
+    found = find(client, prefix)
+    over = found.summary().state != RUNNING
+    if not over:
+        answers = each(lambda server: jobcalls.cancel(client, server, found.job), list(found.shares))
+        for server, answer in answers.items():
+            if isinstance(answer, UnreachableError):
+                found.down[server] = answer
+            else:
+                found.shares[server] = answer
+    if any(server in found.down for server in found.shares):
+        raise down(list(found.down.values()))
+    return found.summary(), over
+
+
+def retry(client: "Client", prefix: str, watch: Watch | None, *, detach: bool = False) -> JobSummary | None:
+    """Run again what failed, was cancelled or was lost, and follow it; None if there is nothing to do.
+
+    With `detach` it is not followed, and the summary is that of its beginning. Raises JobError like `run`.
+    """
+    watch = watch or Watch()
+    check_all_reachable(client)
+    found = find(client, prefix)
+    if found.down:
+        raise down(list(found.down.values()))
+    share = found.share
+    if share.kind == EVAL:
+        raise BadRequestError(f"job {found.job} is an eval: run it again with s4 eval")
+    state = found.summary().state
+    if state == RUNNING:
+        raise ConflictError(
+            f"job {found.job} is still running: s4 wait {found.job}, or s4 cancel {found.job}"
+        )
+    if state == DONE:
+        return None
+    again = share.run + 1
+    spec = {
+        "kind": share.kind,
+        "cmd": share.command,
+        "indir": share.indir,
+        "outdir": share.outdir,
+        "job": share.id,
+        "run": again,
+        "timeout": share.timeout,
+        "retries": share.retries,
+        "keep_going": share.keep_going,
+        "skip_existing": share.skip_existing,
+    }
+    with _cancelling(client, found.job, watch, again):
+
+        def post(server: str) -> Share:
+            return jobcalls.submit(client, server, "/retry", spec)
+
+        shares = _all_or_none(client, found.job, again, post, [client.servers()])
+        if detach:
+            return Found(found.job, {**shares}, {}).summary()
+        summary = _follow(client, shares, watch)
+    return _ended_well(summary)
+
+
+def find(client: "Client", prefix: str) -> Found:
+    """The one job whose id starts with `prefix`. Raises S4Error if there is none, or more than one."""
+    if not prefix:
+        raise MisuseError("the id of a job is empty")
+    if not _ID.fullmatch(prefix):
+        raise MissingError(f"no job {prefix!r}; s4 jobs lists them")
+    parameters = {"prefix": prefix, "limit": str(CANDIDATES + 1)}
+    answers = each(lambda server: jobcalls.shares(client, server, **parameters), client.servers())
+    unreachable = {node: answer for node, answer in answers.items() if isinstance(answer, UnreachableError)}
+    by_id: dict[str, dict[str, Share]] = {}
+    for server, shares in answers.items():
+        for share in shares if isinstance(shares, list) else []:
+            by_id.setdefault(share.id, {})[server] = share
+    if prefix in by_id:
+        by_id = {prefix: by_id[prefix]}
+    if not by_id:
+        if unreachable:
+            raise down(list(unreachable.values()))
+        raise MissingError(f"no job {prefix!r}; s4 jobs lists them")
+    if len(by_id) > 1:
+        ids = sorted(by_id, reverse=True)
+        more = ", …" if len(ids) > CANDIDATES else ""
+        raise BadRequestError(f"job {prefix!r} is ambiguous: {', '.join(ids[:CANDIDATES])}{more}")
+    [(job, known)] = by_id.items()
+    of_eval = any(share.kind == EVAL for share in known.values())
+    return Found(job, {s: known.get(s) for s in (known if of_eval else client.servers())}, unreachable)
+
+
+def jobs(client: "Client", limit: int) -> Iterator[JobSummary]:
+    """The newest jobs of the cluster; raises UnreachableError after them if a node is down."""
+    check_limit(limit)
+    answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
+    shares = [share for answer in answers.values() if isinstance(answer, list) for share in answer]
+    yield from merged(shares)[:limit]
+    unreachable = [answer for answer in answers.values() if isinstance(answer, UnreachableError)]
+    if unreachable:
+        raise down(unreachable)
+
+
+def tasks(client: "Client", prefix: str, *, state: str = "", stderr: bool = False) -> Iterator[Task]:
+    """The tasks of a job in their order, as they come; raises UnreachableError after them for a node down."""
+    from heapq import merge
+
+    found = find(client, prefix)
+    streams = [
+        jobcalls.tasks_of(client, server, found.job, state=state, stderr=stderr)
+        for server, share in found.shares.items()
+        if share is not None
+    ]
+    yield from merge(*streams, key=lambda task: task.task)
+    if any(server in found.down for server in found.shares):
+        raise down(list(found.down.values()))
+
+
+def plan(client: "Client", request: Request) -> list[PlanPart]:
+    """What each node would have to do."""
+    request.check()
+    body = {name: getattr(request, name) for name in ("kind", "cmd", "indir", "outdir", "skip_existing")}
+    return at_once(lambda server: jobcalls.plan(client, server, body), client.servers())
+
+
+def check_limit(limit: int) -> None:
+    """Raises MisuseError for a number of rows that makes no sense."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise MisuseError(f"--limit {limit}: it must be from 1 to {MAX_LIMIT}")

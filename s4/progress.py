@@ -1,0 +1,102 @@
+"""Showing on stderr how far a job is: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from s4.following import Watch
+from s4.report import beginning, lost, underway
+from s4.summary import JobSummary, Part
+from s4.text import printable, shortened, size
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LINE_SECONDS = 30.0
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}{postfix}]"
+
+
+def watch_for(*, quiet: bool) -> Watch:
+    """What shows a job here."""
+    if quiet:
+        return Watch()
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+class _Shown(Watch):
+    def lost(self, job: str, part: Part) -> None:
+        self._say(f"job {job}: {lost(part)}; the others go on")
+
+    def cancelling(self, job: str) -> None:
+        self._say(f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)")
+
+    def _say(self, line: str) -> None:
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+class Lines(_Shown):
+    """A line at the start and then one every half a minute."""
+
+    def started(self, summary: JobSummary) -> None:
+        """Say what begins."""
+        self._began = self._said = time.monotonic()
+        self._before = summary
+        self._say(beginning(summary))
+
+    def progress(self, summary: JobSummary) -> None:
+        """Say how far it is, if it is time."""
+        now = time.monotonic()
+        if now < self._said + LINE_SECONDS:
+            return
+        self._said = now
+        passed = now - self._began
+        ended = summary.ended - self._before.ended
+        left = None
+        if summary.tasks is not None and ended:
+            left = (summary.tasks - summary.ended - summary.lost) * passed / ended
+        rate = (summary.bytes_in - self._before.bytes_in) / passed
+        self._say(underway(summary, left, rate))
+
+
+class Bar(_Shown):
+    """One live bar for the whole cluster."""
+
+    _bar: "tqdm[Any] | None" = None
+
+    def started(self, summary: JobSummary) -> None:
+        """Draw the bar."""
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread that looks after bars
+        self._began = time.monotonic()
+        self._bytes_before = summary.bytes_in
+        self._bar = tqdm(
+            desc=f"job {summary.job} {shortened(summary.kind, 10)}",
+            initial=summary.ended,
+            total=summary.tasks,
+            bar_format=_BAR,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def progress(self, summary: JobSummary) -> None:
+        """Move the bar."""
+        bar = self._bar
+        if bar is None:
+            return
+        bar.total = summary.tasks
+        rate = (summary.bytes_in - self._bytes_before) / max(0.001, time.monotonic() - self._began)
+        bar.set_postfix_str(f"{summary.failed} failed, {size(rate)}/s", refresh=False)
+        bar.update(summary.ended - bar.n)
+        bar.refresh()
+
+    def ended(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        super()._say(line)

@@ -1,0 +1,93 @@
+"""What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
+
+from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, JobSummary, Part, Task
+from s4.text import duration, one_line, size
+
+STDERR_SHOWN = 2000
+
+
+def beginning(summary: JobSummary) -> str:
+    """The line at the start."""
+    what = f"{summary.kind} {summary.indir} to {summary.outdir}" if summary.outdir else summary.indir
+    nodes = f"{len(summary.nodes)} node{'s' if len(summary.nodes) != 1 else ''}"
+    return f"job {summary.job}: {what} on {nodes}{_run(summary)}"
+
+
+def _run(summary: JobSummary) -> str:
+    return f", run {summary.run}" if summary.run > 1 else ""
+
+
+def underway(summary: JobSummary, seconds_left: float | None, bytes_per_second: float) -> str:
+    """The line now and then."""
+    left = f", {duration(seconds_left)} left" if seconds_left is not None else ""
+    return (
+        f"job {summary.job}: {summary.ended}/{total(summary)} tasks, {summary.failed} failed,"
+        f" {size(bytes_per_second)}/s{left}"
+    )
+
+
+def total(summary: JobSummary | Part) -> str:
+    """The number of tasks, as far as it is known."""
+    return "?" if summary.tasks is None else str(summary.tasks)
+
+
+def counts(summary: JobSummary) -> str:
+    """Tasks, bytes and time."""
+    lost = f", {summary.lost} lost" if summary.lost else ""
+    return (
+        f"{summary.done}/{total(summary)} tasks done, {summary.failed} failed, {summary.skipped} skipped,"
+        f" {summary.cancelled} cancelled{lost}, {size(summary.bytes_in)} in, {size(summary.bytes_out)} out,"
+        f" {duration(summary.seconds)}"
+    )
+
+
+def ending(summary: JobSummary) -> str:
+    """The line at the end; that of a failure says what to do."""
+    if summary.state in (FAILED, INTERRUPTED):
+        return f"job {summary.job} {summary.state}: {counts(summary)}; to do the rest: s4 retry {summary.job}"
+    return f"job {summary.job} {summary.state}: {counts(summary)}"
+
+
+def failure(task: Task) -> str:
+    """What became of a failed task: key, node, exit code or signal, seconds, the end of its stderr."""
+    key = task.input if task.inputs <= 1 else f"{task.input} and {task.inputs - 1} more"
+    said = one_line(task.stderr or "", STDERR_SHOWN)
+    return f"{key} on {task.node}: {how_it_ended(task)}{': ' if said else ''}{said}"
+
+
+def how_it_ended(task: Task) -> str:
+    """`exit code 3 after 0.012 s`."""
+    how = task.error or "failed"
+    if task.exit_code is not None and task.signal:
+        how = f"signal {task.signal}{_signal_name(task.signal)}"
+    after = f" after {duration(task.seconds)}" if task.seconds is not None else ""
+    attempt = f", attempt {task.attempt}" if task.attempt > 1 else ""
+    return how + after + attempt
+
+
+def _signal_name(number: int) -> str:
+    from signal import Signals
+
+    try:
+        return f" ({Signals(number).name.removeprefix('SIG')})"
+    except ValueError:
+        return ""
+
+
+def lost(part: Part) -> str:
+    """A node that went down, or does not know the job, and how many of its tasks that costs."""
+    if part.lost is None:
+        return f"{part.node}: {part.error}; its share is {part.state}"
+    return f"{part.node}: {part.error}; {part.lost} of its {total(part)} tasks are lost"
+
+
+def failure_lines(summary: JobSummary) -> list[str]:
+    """A line for each task that failed and for each node that did."""
+    lines = [failure(task) for task in summary.failures]
+    told = {task.node for task in summary.failures}
+    for part in summary.nodes:
+        if part.state in (LOST, MISSING, INTERRUPTED):
+            lines.append(lost(part))
+        elif part.state == FAILED and part.node not in told:
+            lines.append(f"{part.node}: {part.error or 'its share failed'}")
+    return lines

@@ -1,0 +1,76 @@
+"""Rows of a query as text: a table, CSV, tab-separated or JSON."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from s4.jobtables import escaped
+from s4.queries import Result, Value
+from s4.text import table
+
+
+def _as_table(result: Result) -> Iterator[str]:
+    """Columns aligned and divided by '|', numbers to the right; what would break a line is escaped."""
+    texts = [[_in_table(_text(value)) for value in row] for row in result.rows]
+    numbers = [
+        i
+        for i in range(len(result.columns))
+        if result.rows and all(isinstance(row[i], int | float | None) for row in result.rows)
+    ]
+    lines = table([[_in_table(name) for name in result.columns], *texts], numbers, gap=" | ")
+    widths = [max(map(len, column)) for column in zip(map(_in_table, result.columns), *texts, strict=True)]
+    yield lines[0]
+    yield "-+-".join("-" * width for width in widths)
+    yield from lines[1:]
+
+
+def _in_table(text: str) -> str:
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text.replace("\\", "\\\\").replace("|", "\\|")
+    )
+
+
+def _as_csv(result: Result) -> Iterator[str]:
+    import csv
+    import io
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    for row in [result.columns, *result.rows]:
+        writer.writerow([_text(value) for value in row])
+        yield buffer.getvalue()[:-1]
+        buffer.seek(0)
+        buffer.truncate()
+
+
+def _as_tsv(result: Result) -> Iterator[str]:
+    for row in [result.columns, *result.rows]:
+        yield "\t".join(escaped(_text(value)) for value in row)
+
+
+def _as_json(result: Result) -> Iterator[str]:
+    """A list of objects, one a line. Of columns with the same name the later ones get a number."""
+    import json
+
+    names: list[str] = []
+    for column in result.columns:
+        same = sum(1 for name in result.columns[: len(names)] if name == column)
+        names.append(f"{column}_{same + 1}" if same else column)
+    yield "["
+    for i, row in enumerate(result.rows):
+        values = [_text(value) if isinstance(value, bytes) else value for value in row]
+        yield json.dumps(dict(zip(names, values, strict=True))) + ("," if i + 1 < len(result.rows) else "")
+    yield "]"
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return ""
+    return f"x'{value.hex()}'" if isinstance(value, bytes) else str(value)
+
+
+FORMATS: Mapping[str, Callable[[Result], Iterator[str]]] = {
+    "table": _as_table,
+    "csv": _as_csv,
+    "tsv": _as_tsv,
+    "json": _as_json,
+}

@@ -1,0 +1,263 @@
+"""What nodes tell of a job, parsed: shares and tasks; and the summary of a job over all nodes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from s4.errors import NodeError
+
+RUNNING, DONE, FAILED = "running", "done", "failed"
+CANCELLED, INTERRUPTED = "cancelled", "interrupted"
+LOST, MISSING = "lost", "missing"  # states of parts only: the node is down, or never had its share
+EVAL = "eval"
+
+
+class _Answer:
+    """What a node answers as a JSON object. `read` takes the fields that are known here."""
+
+    @classmethod
+    def read(cls, node: str, value: Any) -> Self:
+        """Raises NodeError if the answer is no such object."""
+        try:
+            given = {field.name: value[field.name] for field in fields(cls) if field.name != "node"}  # type: ignore[arg-type]
+        except (TypeError, KeyError, IndexError):
+            raise NodeError(node, "its answer makes no sense") from None
+        return cls(**{"node": node, **given})
+
+
+@dataclass(frozen=True)
+class Share(_Answer):
+    """A node's part of a job, as the node tells it.
+
+    `tasks` is None until the inputs are listed. Times are seconds since 1970, bytes those of ended tasks.
+    """
+
+    node: str
+    id: str
+    run: int
+    kind: str
+    indir: str
+    outdir: str
+    command: str
+    state: str
+    tasks: int | None
+    done: int
+    failed: int
+    cancelled: int
+    skipped: int
+    running: int
+    bytes_in: int
+    bytes_out: int
+    started_s: float
+    finished_s: float | None
+    error: str | None
+    timeout: float
+    retries: int
+    keep_going: bool
+    skip_existing: bool
+
+
+@dataclass(frozen=True)
+class Task(_Answer):
+    """One input of a job, and what became of it.
+
+    `input` is a key, of a group its first; `inputs` says how many there are. `stderr` is None if it was not
+    asked for.
+    """
+
+    node: str
+    task: int
+    input: str
+    inputs: int
+    state: str
+    attempt: int
+    pid: int | None
+    started_s: float | None
+    seconds: float | None
+    cpu_seconds: float | None
+    peak_memory: int | None
+    bytes_in: int | None
+    bytes_out: int | None
+    exit_code: int | None
+    signal: int | None
+    error: str | None
+    stderr: str | None
+
+    @classmethod
+    def read(cls, node: str, value: Any) -> Self:
+        """Raises NodeError if the answer is no task."""
+        return super().read(node, {"stderr": None, **value} if isinstance(value, dict) else value)
+
+
+@dataclass(frozen=True)
+class PlanPart(_Answer):
+    """What a job would have to do on one node. `existing` tasks have an output already; sizes are bytes."""
+
+    node: str
+    tasks: int
+    keys: int
+    bytes: int
+    largest_bytes: int
+    existing: int
+    disk_free: int
+    disk_total: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A node's part of a job, as a summary shows it: also of a node that is down.
+
+    `lost` tasks are those that did not end because the node went down, None if their number is not known.
+    """
+
+    node: str
+    state: str
+    tasks: int | None
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    cancelled: int = 0
+    running: int = 0
+    lost: int | None = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    started_s: float | None = None
+    finished_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """A job over all nodes: how far it is, or how it ended.
+
+    `tasks` is None until all nodes have listed their inputs. `failures` are tasks that failed, with the end
+    of what they wrote to stderr; they are known when a job is over.
+    """
+
+    job: str
+    run: int
+    kind: str
+    indir: str
+    outdir: str
+    command: str
+    state: str
+    tasks: int | None
+    done: int
+    failed: int
+    skipped: int
+    cancelled: int
+    lost: int
+    bytes_in: int
+    bytes_out: int
+    started_s: float
+    seconds: float
+    nodes: Sequence[Part]
+    failures: Sequence[Task] = ()
+
+    @property
+    def ended(self) -> int:
+        """How many tasks are over."""
+        return self.done + self.failed + self.skipped + self.cancelled
+
+    @property
+    def unreachable(self) -> list[Part]:
+        """The parts of nodes that are down."""
+        return [part for part in self.nodes if part.state == LOST]
+
+
+def state_of(states: Iterable[str]) -> str:
+    """The state of a job from those of its parts."""
+    found = {INTERRUPTED if state in (LOST, MISSING) else state for state in states}
+    return next((state for state in (RUNNING, INTERRUPTED, FAILED, CANCELLED) if state in found), DONE)
+
+
+def part_of(share: Share) -> Part:
+    """A share as a summary shows it. What a node lost when it stopped counts as lost, not as cancelled."""
+    lost: int | None = 0
+    if share.state == INTERRUPTED:
+        lost = _unfinished(share)
+    return Part(
+        share.node,
+        share.state,
+        share.tasks,
+        share.done,
+        share.failed,
+        share.skipped,
+        share.cancelled if share.state != INTERRUPTED else 0,
+        share.running,
+        lost,
+        share.bytes_in,
+        share.bytes_out,
+        share.started_s,
+        share.finished_s,
+        share.error,
+    )
+
+
+def lost_part(node: str, reason: str, last: Share | None, state: str = LOST) -> Part:
+    """The part of a node that is down, with what it told last, or that does not know the job."""
+    if last is None:
+        return Part(node, state, None, lost=None, error=reason)
+    return Part(
+        node,
+        state,
+        last.tasks,
+        last.done,
+        last.failed,
+        last.skipped,
+        lost=_unfinished(last),
+        bytes_in=last.bytes_in,
+        bytes_out=last.bytes_out,
+        started_s=last.started_s,
+        error=reason,
+    )
+
+
+def _unfinished(share: Share) -> int | None:
+    return None if share.tasks is None else share.tasks - share.done - share.skipped - share.failed
+
+
+def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None) -> JobSummary:
+    """The summary of a job; `share` is any share of it, `seconds` without it as the nodes' clocks say."""
+    started = [part.started_s for part in parts if part.started_s is not None]
+    finished = [part.finished_s for part in parts if part.finished_s is not None]
+    known = [part.tasks for part in parts if part.tasks is not None]
+    complete = len(known) == len(parts) or all(part.tasks is not None or part.lost is None for part in parts)
+    if seconds is None:
+        seconds = max(0.0, max(finished, default=0.0) - min(started, default=0.0)) if finished else 0.0
+    return JobSummary(
+        share.id,
+        share.run,
+        share.kind,
+        share.indir,
+        share.outdir,
+        share.command,
+        state_of(part.state for part in parts),
+        sum(known) if complete else None,
+        sum(part.done for part in parts),
+        sum(part.failed for part in parts),
+        sum(part.skipped for part in parts),
+        sum(part.cancelled for part in parts),
+        sum(part.lost or 0 for part in parts),
+        sum(part.bytes_in for part in parts),
+        sum(part.bytes_out for part in parts),
+        min(started, default=share.started_s),
+        seconds,
+        parts,
+    )
+
+
+def merged(shares: Iterable[Share]) -> list[JobSummary]:
+    """Jobs from the shares of several nodes, the newest first."""
+    by_id: dict[str, list[Share]] = {}
+    for share in shares:
+        by_id.setdefault(share.id, []).append(share)
+    summaries = [summarize(group[0], [part_of(share) for share in group]) for group in by_id.values()]
+    return sorted(summaries, key=lambda summary: (summary.started_s, summary.job), reverse=True)
+
+
+def as_json(value: JobSummary | Task | Part) -> Mapping[str, Any]:
+    """The fields of a summary, a task or a part, to be encoded."""
+    from dataclasses import asdict
+
+    return asdict(value)

@@ -1,0 +1,60 @@
+"""Text for people: one clean line, sizes, durations, tables. No input or output."""
+
+from collections.abc import Iterable, Sequence
+
+_UNITS = ("kB", "MB", "GB", "TB", "PB")
+_SPANS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which could change what a terminal shows."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().replace("\0", "").split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def one_line(text: str, most: int) -> str:
+    """The end of a text of several lines as one, joined by " | "; empty if there is nothing."""
+    lines = [line for line in map(printable, text[-4 * most :].splitlines()) if line]
+    return " | ".join(lines)[-most:]
+
+
+def shortened(text: str, width: int) -> str:
+    """A text that fits into so many columns, with an ellipsis if something is missing."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def size(count: float) -> str:
+    """A number of bytes: 0 B, 999 B, 1.2 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = 1
+    while count / 1000**power >= 999.95 and power < len(_UNITS):
+        power += 1
+    return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """A span of time as precise as it is short: 0.012 s, 12.3 s, 3.5 min, 2.1 h, 4.0 d."""
+    for length, unit in _SPANS:
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = (), gap: str = "  ") -> list[str]:
+    """Rows as lines with aligned columns, those in `right` to the right; nothing pads the last column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_the_right = set(right)
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in to_the_right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(gap.join(cells).rstrip())
+    return lines
+
+
+def pairs(values: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines `name: value`, the values aligned."""
+    return table([(f"{name}:", value) for name, value in values], gap=" ")
