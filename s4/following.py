@@ -59,9 +59,17 @@ class Follower:
     """Follows a job: one thread a node asks how far it is."""
 
     def __init__(
-        self, client: "Client", share: Share, known: Mapping[str, Share | None], watch: Watch
+        self,
+        client: "Client",
+        share: Share,
+        known: Mapping[str, Share | None],
+        watch: Watch,
+        began: float | None,
     ) -> None:
-        """`share`: any share of the job, as it is now; `known`: what is known of each node's share."""
+        """`share`: any share of the job, as it is now; `known`: what is known of each node's share.
+
+        `began` is when, by the monotonic clock, if it was here that the job began.
+        """
         self._client = client
         self._share = share
         self._watch = watch
@@ -69,7 +77,7 @@ class Follower:
         self._lost: dict[str, Part] = {}
         self._changed = threading.Condition()
         self._cancelled = False
-        self._began = time.monotonic()
+        self._began = began
 
     def wait(self) -> JobSummary:
         """Wait for the end on all nodes that can be reached; what failed is in the summary.
@@ -157,7 +165,7 @@ class Follower:
                 parts.append(self._lost[node])
             else:
                 parts.append(Part(node, RUNNING, None) if share is None else part_of(share))
-        return summarize(self._share, parts, time.monotonic() - self._began)
+        return summarize(self._share, parts, time.monotonic() - self._began if self._began else None)
 
     def _failures(self, summary: JobSummary) -> list[Task]:
         found = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -134,9 +135,9 @@ def run(client: "Client", request: Request, watch: Watch | None) -> JobSummary:
     """
     watch = watch or Watch()
     _prepare(client, request)
-    job = new_job_id()
+    job, began = new_job_id(), time.monotonic()
     with _cancelling(client, job, watch):
-        summary = _follow(client, _submit(client, request, job), watch)
+        summary = _follow(client, _submit(client, request, job), watch, began)
     if summary.state == DONE and summary.tasks == 0 and not request.skip_existing:
         raise JobError(summary, f"nothing to map: no keys in {request.indir}")
     return _ended_well(summary)
@@ -215,9 +216,11 @@ def _cancel_quietly(client: "Client", job: str, run: int | None) -> None:
     at_once(attempt, client.servers())
 
 
-def _follow(client: "Client", shares: Mapping[str, Share | None], watch: Watch) -> JobSummary:
+def _follow(
+    client: "Client", shares: Mapping[str, Share | None], watch: Watch, began: float | None = None
+) -> JobSummary:
     newest = max((share for share in shares.values() if share is not None), key=lambda share: share.run)
-    return Follower(client, newest, shares, watch).wait()
+    return Follower(client, newest, shares, watch, began).wait()
 
 
 def _ended_well(summary: JobSummary) -> JobSummary:
@@ -274,7 +277,7 @@ def retry(client: "Client", prefix: str, watch: Watch | None, *, detach: bool = 
         )
     if state == DONE:
         return None
-    again = share.run + 1
+    again, began = share.run + 1, time.monotonic()
     spec = {
         "kind": share.kind,
         "cmd": share.command,
@@ -295,7 +298,7 @@ def retry(client: "Client", prefix: str, watch: Watch | None, *, detach: bool = 
         shares = _all_or_none(client, found.job, again, post, [client.servers()])
         if detach:
             return Found(found.job, {**shares}, {}).summary()
-        summary = _follow(client, shares, watch)
+        summary = _follow(client, shares, watch, began)
     return _ended_well(summary)
 
 
@@ -332,8 +335,8 @@ def jobs(client: "Client", limit: int) -> Iterator[JobSummary]:
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
     shares = [share for answer in answers.values() if isinstance(answer, list) for share in answer]
-    yield from merged(shares)[:limit]
     unreachable = [answer for answer in answers.values() if isinstance(answer, UnreachableError)]
+    yield from merged(shares, complete=not unreachable)[:limit]
     if unreachable:
         raise down(unreachable)
 

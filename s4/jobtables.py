@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from s4.report import counts, how_it_ended, total
-from s4.summary import FAILED, RUNNING, JobSummary, PlanPart, Task
+from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, RUNNING, JobSummary, PlanPart, Task
 from s4.text import duration, pairs, printable, shortened, size, table
 
 # The columns of GNU parallel's --joblog, then our own.
@@ -55,7 +55,6 @@ def jobs_table(jobs: Sequence[JobSummary], width: int | None) -> list[str]:
 
 def job_page(job: JobSummary) -> list[str]:
     """What a job is, how far it is, and its part on each node."""
-    # Of a job whose only known share is at a node that is down, nothing has an end.
     lines = pairs(
         [
             ("job", job.job),
@@ -86,7 +85,14 @@ def job_page(job: JobSummary) -> list[str]:
             )  # type: ignore[arg-type]
         )
     lines += ["", *table(rows, right=range(2, 11))]
-    return lines + [f"{part.node}: {printable(part.error)}" for part in job.nodes if part.error]
+    # That a share was cancelled, or failed as its tasks did, is told elsewhere.
+    unusual = [
+        part
+        for part in job.nodes
+        if part.error
+        and (part.state in (LOST, MISSING, INTERRUPTED) or (part.state == FAILED and not part.failed))
+    ]
+    return lines + [f"{part.node}: {printable(part.error or '')}" for part in unusual]
 
 
 def failed_task(task: Task) -> list[str]:

@@ -1,5 +1,6 @@
 """Showing on stderr how far a job is: a bar on a terminal, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 LINE_SECONDS = 30.0
+_ROWS = 24  # any number will do for a single bar, but tqdm draws nothing on a terminal of unknown height
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}{postfix}]"
 
 
@@ -21,6 +23,11 @@ def watch_for(*, quiet: bool) -> Watch:
     if quiet:
         return Watch()
     return Bar() if sys.stderr.isatty() else Lines()
+
+
+def _columns() -> int:
+    """The width of the terminal, also of one that does not know it."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns or 80
 
 
 class _Shown(Watch):
@@ -76,7 +83,9 @@ class Bar(_Shown):
             total=summary.tasks,
             bar_format=_BAR,
             leave=False,
-            dynamic_ncols=True,
+            ncols=_columns(),
+            nrows=_ROWS,
+            smoothing=0,  # time left from the speed since the start
         )
 
     def progress(self, summary: JobSummary) -> None:
@@ -84,7 +93,7 @@ class Bar(_Shown):
         bar = self._bar
         if bar is None:
             return
-        bar.total = summary.tasks
+        bar.total, bar.ncols = summary.tasks, _columns()
         rate = (summary.bytes_in - self._bytes_before) / max(0.001, time.monotonic() - self._began)
         bar.set_postfix_str(f"{summary.failed} failed, {size(rate)}/s", refresh=False)
         bar.update(summary.ended - bar.n)

@@ -55,6 +55,9 @@ def _as_json(result: Result) -> Iterator[str]:
     for column in result.columns:
         same = sum(1 for name in result.columns[: len(names)] if name == column)
         names.append(f"{column}_{same + 1}" if same else column)
+    if not result.rows:
+        yield "[]"
+        return
     yield "["
     for i, row in enumerate(result.rows):
         values = [_text(value) if isinstance(value, bytes) else value for value in row]

@@ -1,7 +1,7 @@
 """What nodes tell of a job, parsed: shares and tasks; and the summary of a job over all nodes."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from s4.errors import NodeError
@@ -222,7 +222,6 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
     started = [part.started_s for part in parts if part.started_s is not None]
     finished = [part.finished_s for part in parts if part.finished_s is not None]
     known = [part.tasks for part in parts if part.tasks is not None]
-    complete = len(known) == len(parts) or all(part.tasks is not None or part.lost is None for part in parts)
     if seconds is None:
         seconds = max(0.0, max(finished, default=0.0) - min(started, default=0.0)) if finished else 0.0
     return JobSummary(
@@ -233,7 +232,7 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
         share.outdir,
         share.command,
         state_of(part.state for part in parts),
-        sum(known) if complete else None,
+        sum(known) if len(known) == len(parts) else None,
         sum(part.done for part in parts),
         sum(part.failed for part in parts),
         sum(part.skipped for part in parts),
@@ -247,17 +246,12 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
     )
 
 
-def merged(shares: Iterable[Share]) -> list[JobSummary]:
-    """Jobs from the shares of several nodes, the newest first."""
+def merged(shares: Iterable[Share], *, complete: bool) -> list[JobSummary]:
+    """Jobs from the shares of several nodes, the newest first; `complete` if no node is missing."""
     by_id: dict[str, list[Share]] = {}
     for share in shares:
         by_id.setdefault(share.id, []).append(share)
     summaries = [summarize(group[0], [part_of(share) for share in group]) for group in by_id.values()]
+    if not complete:
+        summaries = [job if job.kind == EVAL else replace(job, tasks=None) for job in summaries]
     return sorted(summaries, key=lambda summary: (summary.started_s, summary.job), reverse=True)
-
-
-def as_json(value: JobSummary | Task | Part) -> Mapping[str, Any]:
-    """The fields of a summary, a task or a part, to be encoded."""
-    from dataclasses import asdict
-
-    return asdict(value)
