@@ -97,12 +97,16 @@ class Result:
 
     @property
     def fatal(self) -> str:
-        """The one line of an error, after a check that it is one; below a line for each file that failed."""
-        assert self.code in (1, 2), f"exit {self.code}\n{self.err}"
-        *files, last = self.err.splitlines()
+        """The one line of an error, after a check that it is one; above it a line for each thing that failed.
+
+        What a job said before does not belong to it.
+        """
+        assert self.code in (1, 2, 3), f"exit {self.code}\n{self.err}"
+        *others, last = self.err.splitlines()
         assert last.startswith("fatal: ") and self.err.endswith("\n"), self.err
-        assert all(line.startswith("failed: ") for line in files), f"not one line:\n{self.err}"
-        return self.err.strip()
+        failed = [line for line in others if not line.startswith("job ")]
+        assert all(line.startswith("failed: ") for line in failed), f"not one line:\n{self.err}"
+        return "\n".join([*failed, last])
 
 
 class Node:

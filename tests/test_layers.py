@@ -12,7 +12,10 @@ from cluster import S4
 
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "s4"
-CLIENT_SIDE = ["s4.client", "s4.cli", "s4.copying", "s4.listing", "s4.exchange", "s4.http"]
+CLIENT_SIDE = [
+    *("s4.client", "s4.cli", "s4.words", "s4.commands", "s4.copying", "s4.listing", "s4.exchange", "s4.http"),
+    *("s4.asking", "s4.jobcalls", "s4.jobcontrol", "s4.following", "s4.jobcommands", "s4.queries"),
+]
 NODE_ONLY = {"falcon", "waitress", "sh", "sqlite3", "sqlite_utils"}
 COMMANDS = re.findall(
     r"[a-z-]+",
@@ -166,6 +169,7 @@ def test_a_running_client_has_loaded_nothing_of_a_node(folder: Path) -> None:
     assert "s4.client" in loaded
     assert not loaded & (NODE_ONLY | {"asyncio", "ssl", "tqdm", "multiprocessing"})
     assert not loaded & {"s4.node", "s4.api", "s4.server", "s4.index", "s4.workers", "s4.jobs", "s4.storage"}
+    assert not loaded & {"s4.jobcontrol", "s4.jobcommands", "s4.copying"}
 
 
 def test_the_public_face_is_declared() -> None:
@@ -177,7 +181,10 @@ def test_the_public_face_is_declared() -> None:
 
 def test_the_commands_are_those_of_the_specification() -> None:
     assert sorted(COMMANDS) == sorted(
-        ["cp", "ls", "rm", "eval", "map", "map-to-n", "map-from-n", "health", "servers", "config"]
+        [
+            *("cp", "ls", "rm", "eval", "map", "map-to-n", "map-from-n", "health", "servers", "config"),
+            *("jobs", "job", "wait", "cancel", "retry", "joblog", "stat", "sql"),
+        ]
     )
 
 

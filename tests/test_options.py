@@ -1,0 +1,251 @@
+"""Pure things of the command line: options, job ids, and how sizes, times and tasks are written."""
+
+import inspect
+import time
+from dataclasses import replace
+
+import pytest
+
+from s4 import keys
+from s4.errors import MisuseError
+from s4.jobtables import JOBLOG_COLUMNS, joblog_row, plan_totals
+from s4.queries import Result
+from s4.report import failure, failure_lines
+from s4.rowformats import FORMATS
+from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, part_of, state_of, summarize
+from s4.text import duration, one_line, printable, size, table
+from s4.words import Line, Usage, command_of
+
+
+def _map(
+    indir: str,
+    outdir: str,
+    cmd: str,
+    *,
+    timeout: float | None = None,
+    retries: int = 0,
+    keep_going: bool = False,
+    format: str = "",
+) -> None: ...
+
+
+USAGE = Usage("map", list(inspect.signature(_map).parameters.values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "positionals", "options"),
+    [
+        (["a", "b", "c"], ["a", "b", "c"], {}),
+        (["--timeout", "5", "a", "b", "c"], ["a", "b", "c"], {"timeout": "5"}),
+        (["a", "--timeout=5", "b", "c"], ["a", "b", "c"], {"timeout": "5"}),
+        (["a", "b", "--keep-going", "c"], ["a", "b", "c"], {"keep_going": "True"}),
+        (["a", "b", "c", "--keep-going=true"], ["a", "b", "c"], {"keep_going": "True"}),
+        (["a", "b", "c", "--format", "--x"], ["a", "b", "c"], {"format": "--x"}),
+        (["a", "b", "c", "--format="], ["a", "b", "c"], {"format": ""}),
+        (["a", "b", "c", "--format=x=y"], ["a", "b", "c"], {"format": "x=y"}),
+        (["a", "b", "c", "--retries", "1", "--retries", "2"], ["a", "b", "c"], {"retries": "2"}),
+        (["a", "b", "-n5"], ["a", "b", "-n5"], {}),
+        (["a", "b", "--what ever"], ["a", "b", "--what ever"], {}),
+        (["--", "--keep-going", "-r", "--"], ["--keep-going", "-r", "--"], {}),
+        (["a", "-", "c"], ["a", "-", "c"], {}),
+    ],
+)
+def test_options_stand_anywhere(words: list[str], positionals: list[str], options: dict[str, str]) -> None:
+    assert USAGE.read(words) == Line(positionals, options)
+
+
+@pytest.mark.parametrize("word", ["-n5", "--keep_going", "--keep", "-k", "-r", "--recursive", "--limit=3"])
+def test_what_is_no_option_of_the_command_is_refused(word: str) -> None:
+    for words in ([word, "a", "b", "c"], ["a", "b", "c", word]):
+        with pytest.raises(MisuseError, match="no option"):
+            USAGE.read(words)
+
+
+def test_an_unknown_option_before_the_command_line_is_not_taken_for_it() -> None:
+    line = USAGE.read(["a", "b", "--keep", "c"])
+    with pytest.raises(MisuseError, match="no option '--keep'"):
+        USAGE.check_count(line.positionals)
+
+
+def test_values_become_what_the_parameter_takes() -> None:
+    typed = {"timeout": "1.5e1", "retries": "003", "keep_going": "True", "format": "1"}
+    values = USAGE.values(typed)
+    assert values == {"timeout": 15.0, "retries": 3, "keep_going": True, "format": "1"}
+    for name, text in (("timeout", "1_0"), ("timeout", "٣"), ("timeout", "1e999"), ("retries", "0x1")):
+        with pytest.raises(MisuseError, match=text):
+            USAGE.values({name: text})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ls", "a"], ("ls", ["a"])),
+        (["-r", "ls", "a"], ("ls", ["-r", "a"])),
+        (["-c", "ls", "cp", "a"], ("cp", ["-c", "ls", "a"])),
+        (["--", "ls", "-x"], ("ls", ["--", "-x"])),
+        (["--help"], ("", ["--help"])),
+        ([], ("", [])),
+    ],
+)
+def test_the_command_is_the_first_word_that_is_no_option(
+    words: list[str], expected: tuple[str, list[str]]
+) -> None:
+    assert command_of(words, ["ls", "cp"]) == expected
+
+
+def test_job_ids_are_short_and_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    ids = []
+    for step in range(200):
+        monkeypatch.setattr("time.time", lambda step=step: now + step / 16)
+        ids.append(keys.new_job_id())
+    assert sorted(ids) == ids and len(set(ids)) == 200
+    assert {len(job) for job in ids} == {12}
+    assert set("".join(ids)) <= set("0123456789abcdefghjkmnpqrstvwxyz")
+
+
+def test_sizes_and_durations_are_short() -> None:
+    shown = [size(n) for n in (0, 999, 1000, 1234, 999_949, 999_950, 12_345_678, 5e18)]
+    assert shown == ["0 B", "999 B", "1.0 kB", "1.2 kB", "999.9 kB", "1.0 MB", "12.3 MB", "5000.0 PB"]
+    times = [duration(s) for s in (0, 0.0123, 1, 59.9, 60, 5400, 90_000)]
+    assert times == ["0.000 s", "0.012 s", "1.0 s", "59.9 s", "1.0 min", "1.5 h", "1.0 d"]
+
+
+def test_text_of_others_is_one_harmless_line() -> None:
+    assert printable("a\tb\n\x1b[31mc\udcff\0") == "a b \\x1b[31mc\\udcff"
+    assert one_line("\n one \n\n two\r\n", 100) == "one | two"
+    assert one_line("x" * 5000, 2000) == "x" * 2000
+    assert table([("a", "bb"), ("ccc", "d")], right=(0,)) == ["  a  bb", "ccc  d"]
+
+
+TASK = Task(
+    node="h:1",
+    task=3,
+    input="s4://b/in/003",
+    inputs=1,
+    state="failed",
+    attempt=1,
+    pid=7,
+    started_s=1000.5,
+    seconds=0.0124,
+    cpu_seconds=0.004,
+    peak_memory=4096,
+    bytes_in=10,
+    bytes_out=None,
+    exit_code=3,
+    signal=None,
+    error="exit code 3",
+    stderr="one\n\x1b[31mtwo\n",
+)
+
+
+def test_a_failed_task_is_one_line() -> None:
+    assert failure(TASK) == "s4://b/in/003 on h:1: exit code 3 after 0.012 s: one | \\x1b[31mtwo"
+    killed = replace(TASK, exit_code=137, signal=9, stderr="", attempt=2, inputs=3)
+    assert failure(killed) == "s4://b/in/003 and 2 more on h:1: signal 9 (KILL) after 0.012 s, attempt 2"
+    late = replace(TASK, exit_code=None, signal=9, error="killed after its time limit of 5 s", stderr=None)
+    assert failure(late) == "s4://b/in/003 on h:1: killed after its time limit of 5 s after 0.012 s"
+
+
+def test_a_row_of_the_joblog_has_all_columns_whatever_happened() -> None:
+    row = joblog_row(TASK, "a\tb\\\nc").split("\t")
+    assert len(row) == len(JOBLOG_COLUMNS)
+    assert row[:9] == ["3", "h:1", "1000.500", "0.012", "10", "0", "3", "0", "a\\tb\\\\\\nc"]
+    never = replace(TASK, state="waiting", attempt=0, started_s=None, seconds=None, exit_code=None)
+    assert joblog_row(never, "").split("\t")[2:9] == ["0.000", "0.000", "10", "0", "", "", ""]
+    lost = replace(TASK, exit_code=None, error="worker process 7 died")
+    assert joblog_row(lost, "").split("\t")[6:8] == ["-1", "0"]
+
+
+SHARE = Share(
+    node="h:1",
+    id="1abc",
+    run=1,
+    kind="map",
+    indir="s4://b/in/",
+    outdir="s4://b/out/",
+    command="cat",
+    state="running",
+    tasks=10,
+    done=3,
+    failed=1,
+    cancelled=0,
+    skipped=2,
+    running=2,
+    bytes_in=5,
+    bytes_out=6,
+    started_s=1000.0,
+    finished_s=None,
+    error=None,
+    timeout=300.0,
+    retries=0,
+    keep_going=True,
+    skip_existing=False,
+)
+
+
+def _summary(*shares: Share) -> JobSummary:
+    return summarize(shares[0], [part_of(share) for share in shares])
+
+
+def test_a_job_is_as_far_as_its_shares() -> None:
+    both = _summary(SHARE, replace(SHARE, node="h:2", started_s=999.0))
+    assert (both.state, both.tasks, both.done, both.ended, both.started_s) == ("running", 20, 6, 12, 999.0)
+    assert _summary(SHARE, replace(SHARE, tasks=None)).tasks is None
+
+
+def test_what_a_lost_node_had_to_do_is_lost() -> None:
+    done = replace(SHARE, state="done", tasks=4, done=4, failed=0, skipped=0, running=0)
+    job = summarize(done, [part_of(done), lost_part("h:2", "cannot be reached", SHARE)])
+    assert (job.state, job.lost, [part.node for part in job.unreachable]) == ("interrupted", 4, ["h:2"])
+    assert failure_lines(job) == ["h:2: cannot be reached; 4 of its 10 tasks are lost"]
+    never = summarize(done, [part_of(done), lost_part("h:2", "cannot be reached", None)])
+    assert (never.state, never.tasks, never.lost) == ("interrupted", None, 0)
+    assert failure_lines(never) == ["h:2: cannot be reached; its share is lost"]
+
+
+@pytest.mark.parametrize(
+    ("states", "state"),
+    [
+        (["done", "done"], "done"),
+        (["done", "running", "failed"], "running"),
+        (["failed", "cancelled", "done"], "failed"),
+        (["cancelled", "done"], "cancelled"),
+        (["failed", "lost"], "interrupted"),
+        (["missing", "done"], "interrupted"),
+    ],
+)
+def test_the_state_of_a_job_is_that_of_its_worst_share(states: list[str], state: str) -> None:
+    assert state_of(states) == state
+
+
+def test_the_skew_of_a_plan_is_the_largest_share_by_the_mean() -> None:
+    parts = [PlanPart(f"h:{i}", n, n, 100 * n, 90, 0, 5, 9) for i, n in enumerate((1, 2, 6))]
+    totals = plan_totals(parts)
+    assert (totals["tasks"], totals["bytes"], totals["skew_tasks"]) == (9, 900, 2.0)
+    assert plan_totals([replace(part, tasks=0, bytes=0) for part in parts])["skew_bytes"] == 1.0
+
+
+ROWS = Result(["node", "a", "a"], [["h:1", None, "x|y\n\t\\"], ["h:1", 1.5, b"\x01\xff"]])
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("table", "node | a | a\n-----+-----+---\n"),
+        ("csv", "node,a,a\nh:1,,\"x|y\n\t\\\"\nh:1,1.5,x'01ff'\n"),
+        ("tsv", "node\ta\ta\nh:1\t\tx|y\\n\\t\\\\\nh:1\t1.5\tx'01ff'\n"),
+        (
+            "json",
+            '[\n{"node": "h:1", "a": null, "a_2": "x|y\\n\\t\\\\"},\n'
+            '{"node": "h:1", "a": 1.5, "a_2": "x\'01ff\'"}\n]\n',
+        ),
+    ],
+)
+def test_rows_keep_their_shape_in_every_format(format: str, text: str) -> None:
+    lines = list(FORMATS[format](ROWS))
+    if format == "table":
+        assert [line.count("|") - line.count("\\|") for line in lines] == [2, 0, 2, 2]
+        assert {len(line) for line in lines[2:]} and "x\\|y\\n\\t\\\\" in lines[2]
+    else:
+        assert "\n".join(lines) + "\n" == text
