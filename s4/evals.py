@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from s4.errors import CancelledError, ConflictError, MissingError, S4Error, StoppingError
 from s4.index import Counts, JobRow, NewTask, TaskChange
-from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED
+from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, STOPPED
 from s4.inputs import EVAL
 from s4.keys import name_of, url
 from s4.shares import Parts, exit_text, signal_of
@@ -110,7 +110,7 @@ class Evals:
         if isinstance(error, CancelledError):
             state = CANCELLED
         elif isinstance(error, StoppingError):
-            state, shown = INTERRUPTED, "the node stopped"
+            state, shown = INTERRUPTED, STOPPED
         change = TaskChange(task.task, CANCELLED if state == CANCELLED else FAILED, 1, error=shown)
         if ticket.began_s:
             stderr = read_tail(self._parts.storage.temporary_file(work) + ".err")

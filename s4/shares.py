@@ -27,7 +27,7 @@ from s4.errors import (
     TimeLimitError,
 )
 from s4.index import Counts, JobIndex, JobRow, KeyIndex, NewTask, ShareRow, TaskChange, Transaction
-from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, STEP, WAITING
+from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, STEP, STOPPED, WAITING
 from s4.inputs import MAP_FROM_N, MAP_TO_N, Inputs
 from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
@@ -136,8 +136,8 @@ class Share:
             pass
         except CancelledError as e:
             state, self.failure = CANCELLED, self.failure or e
-        except StoppingError as e:
-            state, self.failure = INTERRUPTED, self.failure or e
+        except StoppingError:
+            state, self.failure = INTERRUPTED, self.failure or StoppingError(STOPPED)
         except S4Error as e:
             self.failure = self.failure or e
         except Exception as e:
@@ -368,7 +368,8 @@ class Share:
                     self._stored(attempt)
                 else:
                     refused.append((attempt, str(error), error))
-                if error is not None or attempt.number > 1:
+                # Not moved away: it was refused, or the key was there from an earlier attempt.
+                if error is not None or attempt.number > 1 or self.job.run > 1:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(finished.file.file)
             self._parts.jobs.change(db, self.job.id, self._changes)
@@ -464,7 +465,7 @@ class Share:
             stderr = self._parts.storage.temporary_file(self._work_name(attempt)) + ".err"
             change = self._change(attempt, CANCELLED)._replace(stderr=read_tail(stderr))
             if state == INTERRUPTED:
-                change = change._replace(state=FAILED, error="the node stopped")
+                change = change._replace(state=FAILED, error=STOPPED)
             self._changes.append(change)
         if state != DONE:
             self._parts.storage.discard(self.job.id)

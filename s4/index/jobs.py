@@ -17,6 +17,7 @@ from s4.index.database import Database, Transaction
 STEP = 5000  # rows that one transaction changes at most; bounds how long other writers wait
 
 RUNNING, DONE, FAILED, CANCELLED, INTERRUPTED = "running", "done", "failed", "cancelled", "interrupted"
+STOPPED = "the node stopped"  # the error of an interrupted share, and of its tasks that ran
 WAITING, SKIPPED = "waiting", "skipped"  # further states of tasks
 
 
@@ -330,11 +331,11 @@ class JobIndex:
         running = self._db.read().execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
         for (job_id,) in running:
             self._in_steps(
-                "UPDATE tasks SET state = 'failed', error = 'the node stopped'"
+                f"UPDATE tasks SET state = 'failed', error = '{STOPPED}'"
                 " WHERE job = ? AND task > ? AND state = 'running'",
                 job_id,
             )
-            self.end(job_id, INTERRUPTED, "the node stopped")
+            self.end(job_id, INTERRUPTED, STOPPED)
 
     def running_outdirs(self) -> list[str]:
         """Where jobs that run, or ran when the node stopped, put their outputs."""

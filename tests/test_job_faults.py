@@ -1,0 +1,272 @@
+"""Jobs while workers, nodes and clients are killed; and that nothing of a job outlives it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import procs
+import pytest
+from cluster import Cluster, Node
+from procs import eventually
+
+KEYS = 200
+# Each task leaves a mark that tells how often it ran, then takes a moment.
+MARKED = 'echo "$S4_NODE" >> {marks}/$filename; sleep 0.05; cat; echo "$filename"'
+
+
+def _put(cluster: Cluster, folder: str, count: int) -> None:
+    files = cluster.work / "files"
+    files.mkdir(exist_ok=True)
+    for i in range(count):
+        (files / f"{i:03}").write_text(f"{i}\n" * 3)
+    cluster.s4("cp", "-r", f"{files}/", folder)
+
+
+def _marks(cluster: Cluster) -> dict[str, int]:
+    """How often the command ran for each key."""
+    return {file.name: len(file.read_text().splitlines()) for file in (cluster.work / "marks").iterdir()}
+
+
+def _marked(cluster: Cluster) -> str:
+    marks = cluster.work / "marks"
+    marks.mkdir(exist_ok=True)
+    return MARKED.format(marks=marks)
+
+
+def _state(node: Node, job: str) -> dict[str, Any]:
+    share: dict[str, Any] = node.get("/job", job=job).json()
+    return share
+
+
+def _running_on(node: Node, text: str) -> list[procs.Process]:
+    return [process for process in procs.descendants(node.pid) if text in process.command]
+
+
+def _job_of(process: "subprocess.Popen[bytes]", cluster: Cluster) -> str:
+    """The id of the newest job."""
+    newest = eventually(lambda: cluster.nodes[0].get("/jobs", limit=1).json(), 10)
+    return str(newest[0]["id"])
+
+
+@pytest.fixture
+def three(start_cluster: Callable[..., Cluster]) -> Cluster:
+    return start_cluster(3)
+
+
+@pytest.mark.parametrize("kind", ["map", "map-to-n"])
+def test_a_node_killed_in_the_middle_costs_only_what_it_ran(three: Cluster, kind: str) -> None:
+    _put(three, "s4://b/in/", KEYS)
+    command = _marked(three)
+    if kind == "map-to-n":
+        command = f"({command}) > own; split -l 1 -d -a 2 own p; ls p*; echo own"
+    three.s4(kind, "s4://b/in/", "s4://b/undisturbed/", command, timeout=120)
+    undisturbed = three.contents("s4://b/undisturbed/")
+    before = _marks(three)
+    assert set(before.values()) == {1}
+
+    client = three.start_s4(kind, "s4://b/in/", "s4://b/out/", command)
+    job = ""
+
+    def in_the_middle() -> bool:
+        nonlocal job
+        shares = [s for s in three.nodes[1].get("/jobs", limit=1).json() if s["outdir"] == "s4://b/out/"]
+        job = shares[0]["id"] if shares else ""
+        return bool(shares) and 10 < shares[0]["done"] < 50
+
+    eventually(in_the_middle, 20)
+    three.nodes[1].kill()
+    killed = time.monotonic()
+    _out, err = client.communicate(timeout=30)
+    assert time.monotonic() - killed < 15
+    assert client.returncode == 3, err
+    said = err.decode()
+    assert str(three.nodes[1]) in said and "lost" in said and "Traceback" not in said
+
+    three.nodes[1].start()
+    share = _state(three.nodes[1], job)
+    assert share["state"] == "interrupted" and 10 < share["done"] < 66
+    done = {
+        task["input"].rpartition("/")[2]
+        for node in three.nodes
+        for task in node.get("/tasks", job=job, state="done").json()
+    }
+    marks = _marks(three)
+    three.s4("retry", job[:10], timeout=120)
+    assert three.contents("s4://b/out/") == undisturbed
+    again = {name for name, count in _marks(three).items() if count > marks.get(name, 0)}
+    assert again == set(before) - done
+    states = {_state(node, job)["state"] for node in three.nodes}
+    assert states == {"done"}
+    assert {s for n in three.nodes for (s,) in n.rows("select state from tasks where job = ?", job)} == {
+        "done"
+    }
+    assert "nothing" in three.s4("retry", job, timeout=60).err
+
+
+def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 60)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.3; cat", "--keep-going")
+    eventually(lambda: _running_on(three.nodes[2], "sleep\x000.3"), 20)
+    job = _job_of(client, three)
+    three.nodes[2].kill()
+    _out, err = client.communicate(timeout=60)
+    assert client.returncode == 3 and str(three.nodes[2]) in err.decode(), err
+    assert [_state(node, job)["state"] for node in three.nodes[:2]] == ["done", "done"]
+    three.nodes[2].start()
+    three.s4("retry", job, timeout=60)
+    assert len(three.keys("s4://b/out/")) == 60
+
+
+def test_a_node_stopped_by_sigterm_leaves_its_share_interrupted(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    job = three.s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.5; cat", "--detach", "--keep-going").lines[0]
+    eventually(lambda: _running_on(three.nodes[0], "sleep\x000.5"), 10)
+    assert three.nodes[0].terminate() == 0
+    three.nodes[0].start()
+    share = _state(three.nodes[0], job)
+    assert share["state"] == "interrupted" and share["error"] == "the node stopped"
+    assert share["done"] + share["failed"] + share["cancelled"] == share["tasks"] == 10
+    three.run("wait", job)
+    three.s4("retry", job)
+    assert len(three.keys("s4://b/out/")) == 30
+
+
+def test_a_killed_worker_costs_one_attempt(three: Cluster) -> None:
+    three.put("s4://b/in/000", b"x")
+    command = 'if [ "$S4_ATTEMPT" = 1 ]; then sleep 100; fi; cat; echo "$S4_ATTEMPT"'
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, "--retries", "1")
+    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00100"), 20)
+    os.kill(three.nodes[0].worker_of(sleeping.pid), signal.SIGKILL)
+    _out, err = client.communicate(timeout=30)
+    assert client.returncode == 0, err
+    assert three.get("s4://b/out/000") == b"x2\n"
+    assert three.nodes[0].rows("select attempt, state from tasks") == [(2, "done")]
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out2/", "sleep 100")
+    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00100"), 20)
+    os.kill(three.nodes[0].worker_of(sleeping.pid), signal.SIGKILL)
+    _out, err = client.communicate(timeout=30)
+    assert client.returncode == 1 and "worker process" in err.decode() and "signal 9" in err.decode()
+    eventually(lambda: not procs.running("sleep\x00100"), 5)
+
+
+def test_a_job_outlives_its_client_and_wait_picks_it_up(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.2; cat")
+    eventually(lambda: _running_on(three.nodes[0], "sleep\x000.2"), 20)
+    job = _job_of(client, three)
+    client.kill()
+    client.wait()
+    assert three.run("wait", job).code == 0
+    assert len(three.keys("s4://b/out/")) == 30
+    assert three.run("wait", job).code == 0
+
+
+def test_ctrl_c_cancels_the_job_on_all_nodes(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "setsid sleep 987 & sleep 987")
+    for node in three.nodes:
+        eventually(lambda node=node: len(_running_on(node, "sleep\0987")) >= 4, 20)
+    job = _job_of(client, three)
+    client.send_signal(signal.SIGINT)
+    _out, err = client.communicate(timeout=5)
+    assert client.returncode == 130
+    assert "cancel" in err.decode() and job in err.decode()
+    eventually(lambda: not procs.running("sleep\0987"), 5)
+    for node in three.nodes:
+        assert _state(node, job)["state"] == "cancelled"
+        eventually(lambda node=node: not node.temporary(), 5)
+
+
+def test_a_second_ctrl_c_leaves_at_once(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 3)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 986")
+    eventually(lambda: _running_on(three.nodes[0], "sleep\0986"), 20)
+    os.kill(three.nodes[0].pid, signal.SIGSTOP)
+    try:
+        client.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert client.poll() is None
+        client.send_signal(signal.SIGINT)
+        assert client.wait(2) == 130
+    finally:
+        os.kill(three.nodes[0].pid, signal.SIGCONT)
+    three.run("cancel", _job_of(client, three))
+    eventually(lambda: not procs.running("sleep\0986"), 5)
+
+
+def test_the_failure_of_a_detached_job_stops_it_on_all_nodes(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    command = 'if [ "$filename" = 000 ]; then sleep 1; exit 5; fi; sleep 985'
+    job = three.s4("map", "s4://b/in/", "s4://b/out/", command, "--detach").lines[0]
+    eventually(lambda: _running_on(three.nodes[1], "sleep\0985"), 10)
+    eventually(lambda: not procs.running("sleep\0985"), 10)
+    waited = three.run("wait", job)
+    assert waited.code == 1 and "exit code 5" in waited.err
+    assert [_state(node, job)["state"] for node in three.nodes] == ["failed", "cancelled", "cancelled"]
+    assert all(not node.temporary() for node in three.nodes)
+
+
+def test_a_timeout_leaves_nothing_running(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 6)
+    arguments = ["s4://b/in/", "s4://b/out/", "setsid sleep 984 & sleep 984", "--timeout", "0.5"]
+    failed = three.run("map", *arguments)
+    assert failed.code == 1 and "time limit of 0.5 s" in failed.err
+    eventually(lambda: not procs.running("sleep\0984"), 5)
+
+
+def test_a_node_that_never_got_the_job_runs_its_share_at_the_retry(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    job = "never-got-it"
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": job}
+    for node in three.nodes[:2]:
+        assert node.post_json("/map", body).status == 200
+    assert len(three.keys("s4://b/out/")) == 20
+    waited = three.run("wait", job)
+    assert waited.code != 0 and str(three.nodes[2]) in waited.err
+    three.s4("retry", job)
+    assert len(three.keys("s4://b/out/")) == 30
+
+
+def test_small_jobs_do_not_wait_behind_large_ones(three: Cluster) -> None:
+    _put(three, "s4://b/in/", KEYS)
+    three.put_all({f"s4://b/few/{i}": b"" for i in range(3)})
+    job = three.s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.5", "--detach").lines[0]
+    eventually(lambda: all(_running_on(node, "sleep\x000.5") for node in three.nodes), 10)
+    began = time.monotonic()
+    three.s4("map", "s4://b/few/", "s4://b/out2/", "true")
+    assert time.monotonic() - began < 4  # the large one takes at least eight
+    assert _state(three.nodes[0], job)["state"] == "running"
+    three.s4("cancel", job)
+
+
+def test_retries_count_attempts_and_stop_at_the_limit(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 3)
+    (three.work / "tries").mkdir()
+    command = f'echo "$S4_ATTEMPT" >> {three.work}/tries/$filename; [ "$S4_ATTEMPT" -ge 3 ]'
+    three.s4("map", "s4://b/in/", "s4://b/out/", command, "--retries", "2")
+    assert (three.work / "tries" / "001").read_text() == "1\n2\n3\n"
+    failed = three.run("map", "s4://b/in/", "s4://b/out2/", command, "--retries", "1", "--keep-going")
+    assert failed.code == 1
+    assert (three.work / "tries" / "001").read_text() == "1\n2\n3\n1\n2\n"
+    job = json.loads(three.s4("jobs", "--json").out)[0]["job"]
+    three.s4("retry", job)
+    assert (three.work / "tries" / "001").read_text() == "1\n2\n3\n1\n2\n3\n"
+
+
+def test_a_retry_may_replace_only_keys_of_its_own_task(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 3)
+    command = 'echo "$S4_ATTEMPT" > part; echo part; [ "$S4_ATTEMPT" -ge 2 ] || [ "$filename" != 001 ]'
+    arguments = ["map-to-n", "s4://b/in/", "s4://b/out/", command, "--keep-going"]
+    assert three.run(*arguments).code == 1
+    job = json.loads(three.s4("jobs", "--json").out)[0]["job"]
+    three.put("s4://b/out/001/part", b"somebody else")
+    failed = three.run("retry", job)
+    assert failed.code == 1 and "key exists already: s4://b/out/001/part" in failed.err
+    assert three.get("s4://b/out/001/part") == b"somebody else"
+    three.s4("rm", "s4://b/out/001/part")
+    three.s4("retry", job)
+    assert three.get("s4://b/out/001/part") == b"3\n"
