@@ -4,21 +4,12 @@ import json
 from collections.abc import Iterator
 from http.client import HTTPResponse
 from operator import attrgetter
-from typing import NamedTuple
 
 from s4.errors import NodeError
 from s4.http import Caller
+from s4.results import Entry
 
 _READ_BYTES = 256 * 1024
-
-
-class Entry(NamedTuple):
-    """A line of a listing, all text: a key, or a folder with size "PRE" and neither date nor time."""
-
-    date: str
-    time: str
-    size: str
-    path: str
 
 
 _PATH = attrgetter("path")
