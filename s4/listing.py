@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from http.client import HTTPResponse
 from operator import attrgetter
 
 from s4.errors import NodeError
-from s4.http import Caller
+from s4.http import Caller, Response
 from s4.results import Entry
 
 _READ_BYTES = 256 * 1024
@@ -15,7 +14,7 @@ _READ_BYTES = 256 * 1024
 _PATH = attrgetter("path")
 
 
-def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
+def rows(caller: Caller, response: Response) -> Iterator[list[Entry]]:
     """The rows of one node, in chunks. Raises NodeError if the answer is broken or no listing."""
     with caller.reading():
         opening, tail = response.read(1), b""
