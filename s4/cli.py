@@ -5,18 +5,21 @@ the words are encoded first, Fire calls a wrapper that only records the call, an
 Commands import what they need when they run: `s4` runs in loops, and its start-up is what users wait for.
 """
 
+from __future__ import annotations
+
 import gc
-import importlib
-import inspect
 import io
 import os
 import signal
 import sys
-import types
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
 from s4.errors import FAILED, INTERRUPTED, MisuseError, S4Error
+from s4.lean import fire, inspect
+
+TYPE_CHECKING = False  # what only annotations need is not imported: 3 ms for typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
 
 # A Ctrl-C before main() can catch it ends the process without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -95,7 +98,6 @@ def _printable(text: str) -> str:
 
 def _run(words: Sequence[str]) -> int:
     gc.disable()  # imports make many objects and no garbage; measured, 2 to 3 ms
-    _import_without("http.client", ssl={})
     from s4.client import Client
 
     name, positionals, recursive, conf, wants_help = _read_words(words)
@@ -200,30 +202,7 @@ def _recorder(
     return record
 
 
-def _import_without(module: str, **unused: dict[str, Any]) -> Any:
-    """Import a module while those named in `unused` are stubs with these attributes.
-
-    Measured: of Fire's 100 ms asyncio takes 36 and its support for Windows consoles 14, of http.client's
-    28 ms ssl takes 8. None of it is used here.
-    """
-    stubs = {name.replace("__", "."): attributes for name, attributes in unused.items()}
-    for name in stubs.keys() - sys.modules.keys():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(stubs[name])
-    try:
-        return importlib.import_module(module)
-    finally:
-        for name in stubs:
-            if getattr(sys.modules[name], "__spec__", None) is None:
-                del sys.modules[name]
-
-
 def _fire(commands: dict[str, Callable[..., None]], argv: list[str]) -> None:
-    fire = _import_without(
-        "fire",
-        asyncio={"iscoroutinefunction": lambda _function: False},
-        fire__formatting_windows={"initialize_or_disable": lambda: None},
-    )
     fire.core.Display = lambda lines, out: _show_help("\n".join(lines))  # without a pager
     try:
         fire.Fire(commands, command=argv, name="s4")
