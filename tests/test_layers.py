@@ -12,7 +12,16 @@ from cluster import S4
 
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "s4"
-CLIENT_SIDE = ["s4.client", "s4.cli", "s4.copying", "s4.listing", "s4.exchange", "s4.http"]
+CLIENT_SIDE = [
+    "s4.client",
+    "s4.cli",
+    "s4.copying",
+    "s4.listing",
+    "s4.exchange",
+    "s4.http",
+    "s4.lean",
+    "s4.results",
+]
 NODE_ONLY = {"falcon", "waitress", "sh", "sqlite3", "sqlite_utils"}
 COMMANDS = re.findall(
     r"[a-z-]+",
