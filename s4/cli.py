@@ -8,21 +8,24 @@ What a command takes is the signature of the function that shows it, `show_…`:
 of the client's method of the same name where it has `*words` and `**options` for them.
 """
 
+from __future__ import annotations
+
 import gc
-import importlib
-import inspect
 import io
 import os
 import re
 import signal
 import sys
-import types
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
 from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, S4Error
+from s4.lean import fire, inspect
 from s4.text import printable
 from s4.words import Line, Usage, command_of
+
+TYPE_CHECKING = False  # what only annotations need is not imported: 3 ms for typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
 
 # A Ctrl-C before main() can catch it ends the process without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -90,7 +93,8 @@ def _open_standard_streams() -> None:
 
 def _run(words: Sequence[str]) -> int:
     gc.disable()  # imports make many objects and no garbage; measured, 2 to 3 ms
-    _import_without("http.client", ssl={})
+    from importlib import import_module
+
     from s4.client import Client
 
     name, rest = command_of(words, _COMMANDS)
@@ -99,7 +103,7 @@ def _run(words: Sequence[str]) -> int:
         print(_USAGE, file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else MISUSE
     method = name.replace("-", "_")
-    show: Callable[..., int] = getattr(importlib.import_module(_COMMANDS[name]), f"show_{method}")
+    show: Callable[..., int] = getattr(import_module(_COMMANDS[name]), f"show_{method}")
     shown = [show, getattr(Client, method)] if hasattr(Client, method) else [show]
     usage = Usage(name, _parameters(shown))
     line = usage.read(rest)
@@ -177,30 +181,7 @@ def _documentation(shown: Sequence[Callable[..., Any]]) -> str:
 _ARGUMENT = re.compile(r"(?m)^    (\w+): .*(?:\n {5,}\S.*)*")
 
 
-def _import_without(module: str, **unused: dict[str, Any]) -> Any:
-    """Import a module while those named in `unused` are stubs with these attributes.
-
-    Measured: of Fire's 100 ms asyncio takes 36 and its support for Windows consoles 14, of http.client's
-    28 ms ssl takes 8. None of it is used here.
-    """
-    stubs = {name.replace("__", "."): attributes for name, attributes in unused.items()}
-    for name in stubs.keys() - sys.modules.keys():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(stubs[name])
-    try:
-        return importlib.import_module(module)
-    finally:
-        for name in stubs:
-            if getattr(sys.modules[name], "__spec__", None) is None:
-                del sys.modules[name]
-
-
 def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
-    fire = _import_without(
-        "fire",
-        asyncio={"iscoroutinefunction": lambda _function: False},
-        fire__formatting_windows={"initialize_or_disable": lambda: None},
-    )
     fire.core.Display = lambda lines, out: _show_help("\n".join(lines))  # without a pager
     try:
         fire.Fire({name: command}, command=[name, *argv], name="s4")

@@ -2,8 +2,6 @@
 
 import os
 import re
-import socket
-from dataclasses import dataclass
 
 from s4.errors import ConfError
 
@@ -17,23 +15,37 @@ DEFAULT_TIMEOUT = 300.0
 _LINE = re.compile(r"(\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 
 
-@dataclass(frozen=True)
 class Server:
     """One server of the ring."""
 
-    host: str
-    port: int
+    # No dataclass: that module, with what it makes of two classes, takes 2 ms of each start of `s4`.
+    __slots__ = ("host", "port")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Server) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __repr__(self) -> str:
+        return f"Server({self.host!r}, {self.port})"
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True)
 class Conf:
     """The ring: its servers in the conf's order, and where they were read."""
 
-    servers: tuple[Server, ...]
-    source: str
+    __slots__ = ("servers", "source")
+
+    def __init__(self, servers: tuple[Server, ...], source: str) -> None:
+        self.servers = servers
+        self.source = source
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +96,8 @@ def parse_server(text: str) -> Server:
         raise ValueError(f"{text!r} is not host:port")
     host, port = match["v6"] or match["host"], int(match["port"])
     if match["v6"]:
+        import socket  # most confs do without: 3 ms
+
         try:
             socket.inet_pton(socket.AF_INET6, host)
         except OSError:
@@ -115,6 +129,8 @@ def own_position(conf: Conf, port: int | None) -> int:
 
 def local_address(host: str) -> str | None:
     """The address of this machine that a host name stands for, None if it is no address of it."""
+    import socket  # nodes only
+
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:

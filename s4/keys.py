@@ -8,7 +8,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from hashlib import blake2s
+
+try:
+    from _blake2 import blake2s  # what hashlib has too, without OpenSSL, which takes 3 ms to load
+except ImportError:
+    from hashlib import blake2s
 
 from s4.errors import BadKeyError, BadRequestError
 

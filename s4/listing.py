@@ -2,29 +2,20 @@
 
 import json
 from collections.abc import Iterator
-from http.client import HTTPResponse
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from s4.errors import NodeError
-from s4.http import Caller
+from s4.http import Caller, Response
+from s4.results import Entry
 
 _READ_BYTES = 256 * 1024
-
-
-class Entry(NamedTuple):
-    """A line of a listing, all text: a key, or a folder with size "PRE" and neither date nor time."""
-
-    date: str
-    time: str
-    size: str
-    path: str
 
 
 _PATH = attrgetter("path")
 
 
-def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
+def rows(caller: Caller, response: Response) -> Iterator[list[Entry]]:
     """The rows of one node, in chunks. Raises NodeError if the answer is broken or no listing."""
     for found in json_rows(caller, response):
         try:
@@ -33,7 +24,7 @@ def rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Entry]]:
             raise _nonsense(caller) from None
 
 
-def json_rows(caller: Caller, response: HTTPResponse) -> Iterator[list[Any]]:
+def json_rows(caller: Caller, response: Response) -> Iterator[list[Any]]:
     """The values of a JSON list that has each in a line of its own, in chunks. Raises NodeError."""
     with caller.reading():
         opening, tail = response.read(1), b""

@@ -6,16 +6,17 @@ the sizes beforehand. A single key of unknown size ends where the sender closes 
 Checksum: xxh64 (https://xxhash.com), seed 0, lower-case hex without leading zeros.
 """
 
+import _socket  # for the reason in dial.py
 import contextlib
 import errno
 import fcntl
 import os
 import select
-import socket
 import struct
 
 import xxhash
 
+from s4.dial import dial
 from s4.errors import TransferError
 
 BLOCK = 256 * 1024  # measured: larger blocks are no faster and sometimes collapse
@@ -24,21 +25,21 @@ _EXTENT = 64 * 1024 * 1024  # disk space reserved at once for a file of unknown 
 _SENDFILE_AT_ONCE = 4 * 1024 * 1024
 
 
-def set_idle_limit(sock: socket.socket, seconds: float = IDLE_SECONDS) -> None:
+def set_idle_limit(sock: _socket.socket, seconds: float = IDLE_SECONDS) -> None:
     """Make every blocking call on the socket give up after `seconds` without progress.
 
     The kernel's own timer: a Python timeout would poll before each call.
     """
     sock.settimeout(None)
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
 
 
-def connect(host: str, port: int) -> socket.socket:
+def connect(host: str, port: int) -> _socket.socket:
     """A connection for bytes. Raises TransferError."""
     try:
-        sock = socket.create_connection((host, port), timeout=IDLE_SECONDS)
+        sock = dial(host, port, IDLE_SECONDS)
     except OSError as e:
         raise TransferError(f"cannot connect to {host} port {port} for a transfer: {_reason(e)}") from e
     set_idle_limit(sock)
@@ -48,7 +49,7 @@ def connect(host: str, port: int) -> socket.socket:
 class Incoming:
     """The receiving end of a connection."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _socket.socket) -> None:
         self._sock = sock
         self._buffer = memoryview(bytearray(BLOCK))
         self._start = self._end = 0
@@ -110,7 +111,7 @@ def preallocate(target: int, offset: int, size: int) -> None:
                 raise
 
 
-def send_stored(sock: socket.socket, source: int, size: int) -> None:
+def send_stored(sock: _socket.socket, source: int, size: int) -> None:
     """Send `size` bytes of a file whose checksum is known, without looking at them.
 
     Raises TransferError when the receiver stalls or leaves, or the file is shorter.
@@ -135,7 +136,7 @@ def send_stored(sock: socket.socket, source: int, size: int) -> None:
         offset += sent
 
 
-def send_hashed(sock: socket.socket, source: int, size: int | None) -> tuple[int, str]:
+def send_hashed(sock: _socket.socket, source: int, size: int | None) -> tuple[int, str]:
     """Read a descriptor, for `size` bytes or with None to its end, hash and send it.
 
     Returns (bytes, checksum); fewer bytes than `size` mean that the source is shorter now. Raises

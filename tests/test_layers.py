@@ -15,6 +15,7 @@ PACKAGE = TOP / "s4"
 CLIENT_SIDE = [
     *("s4.client", "s4.cli", "s4.words", "s4.commands", "s4.copying", "s4.listing", "s4.exchange", "s4.http"),
     *("s4.asking", "s4.jobcalls", "s4.jobcontrol", "s4.following", "s4.jobcommands", "s4.queries"),
+    *("s4.lean", "s4.results"),
 ]
 NODE_ONLY = {"falcon", "waitress", "sh", "sqlite3", "sqlite_utils"}
 COMMANDS = re.findall(

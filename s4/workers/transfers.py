@@ -1,5 +1,6 @@
 """Moving the bytes of keys: what a worker does for puts, gets, shuffles and reindex."""
 
+import contextlib
 import os
 import socket
 
@@ -44,13 +45,9 @@ def receive(task: Receive, fds: list[int]) -> Received:
 
 def send(task: Send, fds: list[int]) -> None:
     """See tasks.Send."""
-    if task.port is None:
-        sock = _accept(fds[0], task.peer)
-        sources = fds[1:]
-    else:
-        sock = connect(task.peer, task.port)
-        sources = fds
-    with sock:
+    sock = connect(task.peer, task.port) if task.port is not None else _accept(fds[0], task.peer)
+    sources = fds if task.port is not None else fds[1:]
+    with contextlib.closing(sock):
         for source, size in zip(sources, task.sizes, strict=True):
             send_stored(sock, source, size)
 
