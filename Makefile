@@ -1,4 +1,4 @@
-# Everything a clone needs: `make demo`, `make test`, `make check`, `make clean`.
+# Everything a clone needs: `make demo`, `make test`, `make check`, `make bench`, `make clean`.
 # Needs Python 3.11 or newer, make and bash. The virtual environment is built on first use.
 
 SHELL := bash
@@ -7,21 +7,24 @@ SHELL := bash
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
-# Test processes at once, and further options of pytest: make test JOBS=4 ARGS='-k placement'
+# Test processes at once; further options of pytest or of the benchmarks: make test JOBS=4 ARGS='-k placement',
+# make bench ARGS='--quick keys tasks'
 JOBS ?= 2
 ARGS ?=
 
 BIN   := .venv/bin
 READY := .venv/.installed
-CODE  := s4 migrations tests examples
+BENCH := .venv/.bench-installed
+CODE  := s4 migrations tests examples benchmarks
 
-.PHONY: help check test demo clean
+.PHONY: help check test demo bench clean
 
 help:
 	@echo 'make demo         three nodes on this machine answer questions about 336,776 flights'
 	@echo 'make demo KEEP=1  the same, and the cluster stays up'
 	@echo 'make test         the tests'
 	@echo 'make check        lint, format and types'
+	@echo 'make bench        how s4 grows, 25 minutes; ARGS=--quick: 3 minutes'
 	@echo 'make clean        remove everything that make has made'
 
 demo: $(READY)
@@ -34,6 +37,14 @@ check: $(READY)
 	$(BIN)/python -m ruff check $(CODE)
 	$(BIN)/python -m ruff format --check $(CODE)
 	$(BIN)/python -m mypy --strict $(CODE)
+
+bench: $(BENCH)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+# What draws the picture is large, and nothing else needs it.
+$(BENCH): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
 
 # Installed once, and again when the dependencies change; the code itself is used in place.
 $(READY): pyproject.toml

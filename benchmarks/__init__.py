@@ -1,0 +1,1 @@
+"""How s4 grows: series of measurements on real nodes of this machine. `make bench` runs them."""
