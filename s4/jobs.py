@@ -48,8 +48,8 @@ class Jobs:
         """Start this node's share of a job, or find it: the same id twice is one job.
 
         Returns the share that runs, or the record of one that has ended. Raises BadRequestError,
-        ConflictError if the id is taken by other work, OverlapError if `no_overlap` and a twin runs,
-        CancelledError if the job was cancelled before it came, BusyError.
+        ConflictError if the id is taken by other work, OverlapError if `no_overlap` and a twin runs, BusyError.
+        A share that was cancelled before it came is recorded as such.
         """
         share = Share(self._parts, job)
         with self._lock:
@@ -58,7 +58,7 @@ class Jobs:
                 return known
             if no_overlap:
                 self._check_overlap(job)
-            self._check_start(job)
+            self._check_room()
             self._parts.jobs.begin(job)
             return self._start(share)
 
@@ -76,15 +76,15 @@ class Jobs:
             if share.job.same_work(job):
                 raise OverlapError(f"job {share.job.id} is still running on {self._parts.server}")
 
-    def _check_start(self, job: JobRow) -> None:
-        run, _when = self._cancelled.get(job.id, (0, 0.0))
-        if run >= job.run:
-            raise CancelledError(f"job {job.id} was cancelled")
+    def _check_room(self) -> None:
         if len(self._running) >= MAX_RUNNING:
             raise BusyError(f"{MAX_RUNNING} jobs are running here; try again later")
 
     def _start(self, share: Share) -> Share:
         self._running[share.job.id] = share
+        run, _when = self._cancelled.get(share.job.id, (0, 0.0))
+        if run >= share.job.run:
+            share.cancel(CancelledError(f"job {share.job.id} was cancelled"))
         share.start(self._ended)
         return share
 
@@ -103,7 +103,7 @@ class Jobs:
                 )
             if known is not None and (known.state == DONE or known.job.run >= job.run):
                 return known
-            self._check_start(job)
+            self._check_room()
             if known is None:
                 share = Share(self._parts, job)
                 self._parts.jobs.begin(job)

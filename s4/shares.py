@@ -189,6 +189,7 @@ class Share:
         self._parts.jobs.add_tasks(self.job.id, found)
         self._parts.jobs.listed(self.job.id, self._counts)
         self._listed = True
+        self._check_cancelled()
 
     def _check_cancelled(self) -> None:
         with contextlib.suppress(queue.Empty):
