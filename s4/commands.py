@@ -1,10 +1,15 @@
 """How commands for keys and servers are shown. What `show_x` does not name, it takes as `Client.x` does."""
 
+from __future__ import annotations
+
 import sys
-from typing import Any
 
 from s4.errors import FAILED
 from s4.text import printable
+
+TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def show_cp(client: Any, *words: str, **options: Any) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from s4.asking import SILENCE_SECONDS
 from s4.errors import MissingError, NodeError, S4Error, StoppingError, UnreachableError
 from s4.jobcalls import cancel, read_json, tasks_of
+from s4.reaching import SILENCE_SECONDS
 from s4.summary import (
     CANCELLED,
     FAILED,

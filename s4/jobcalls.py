@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from s4.asking import GRACE_SECONDS, ask, reaching
+from s4.asking import GRACE_SECONDS
 from s4.errors import MissingError, NodeError
 from s4.listing import json_rows
+from s4.reaching import ask, reaching
 from s4.summary import PlanPart, Share, Task
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from s4 import jobcalls
-from s4.asking import at_once, check_all_reachable, down, each
+from s4.asking import at_once
 from s4.errors import (
     FAILED,
     UNREACHABLE,
@@ -22,6 +22,7 @@ from s4.errors import (
 )
 from s4.following import Follower, Watch
 from s4.keys import check_job_folders, new_job_id
+from s4.reaching import check_all_reachable, down, each
 from s4.report import ending, failure_lines
 from s4.summary import (
     DONE,

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from s4.asking import GRACE_SECONDS, ask, at_once, down, reaching
+from s4.asking import GRACE_SECONDS, at_once
 from s4.errors import BadRequestError, MissingError, NodeError, S4Error, UnreachableError, rebuilt
 from s4.jobcalls import read_json
 from s4.jobcontrol import check_limit
 from s4.keys import parse_key, url
+from s4.reaching import ask, down, reaching
 
 if TYPE_CHECKING:
     from s4.client import Client
