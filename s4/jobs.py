@@ -48,8 +48,8 @@ class Jobs:
         """Start this node's share of a job, or find it: the same id twice is one job.
 
         Returns the share that runs, or the record of one that has ended. Raises BadRequestError,
-        ConflictError if the id is taken by other work, OverlapError if `no_overlap` and a twin runs, BusyError.
-        A share that was cancelled before it came is recorded as such.
+        ConflictError if the id is taken by other work, OverlapError if `no_overlap` and a twin runs,
+        BusyError. A share that was cancelled before it came is recorded as such.
         """
         share = Share(self._parts, job)
         with self._lock:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import procs
@@ -44,6 +45,14 @@ def _state(node: Node, job: str) -> dict[str, Any]:
 
 def _running_on(node: Node, text: str) -> list[procs.Process]:
     return [process for process in procs.descendants(node.pid) if text in process.command]
+
+
+def _runs(node: Node, text: str, count: int) -> bool:
+    return len(_running_on(node, text)) >= count
+
+
+def _is_tidy(node: Node) -> bool:
+    return not node.temporary()
 
 
 def _job_of(process: "subprocess.Popen[bytes]", cluster: Cluster) -> str:
@@ -169,7 +178,7 @@ def test_ctrl_c_cancels_the_job_on_all_nodes(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "setsid sleep 987 & sleep 987")
     for node in three.nodes:
-        eventually(lambda node=node: len(_running_on(node, "sleep\0987")) >= 4, 20)
+        eventually(partial(_runs, node, "sleep\0987", 4), 20)
     job = _job_of(client, three)
     client.send_signal(signal.SIGINT)
     _out, err = client.communicate(timeout=5)
@@ -178,7 +187,7 @@ def test_ctrl_c_cancels_the_job_on_all_nodes(three: Cluster) -> None:
     eventually(lambda: not procs.running("sleep\0987"), 5)
     for node in three.nodes:
         assert _state(node, job)["state"] == "cancelled"
-        eventually(lambda node=node: not node.temporary(), 5)
+        eventually(partial(_is_tidy, node), 5)
 
 
 def test_a_second_ctrl_c_leaves_at_once(three: Cluster) -> None:

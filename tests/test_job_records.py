@@ -22,8 +22,8 @@ def _shares(cluster: Cluster, outdir: str) -> list[tuple[Node, dict[str, Any]]]:
     return found
 
 
-def _tasks(node: Node, job: str, **parameters: object) -> list[dict[str, Any]]:
-    tasks: list[dict[str, Any]] = node.get("/tasks", job=job, **parameters).json()
+def _tasks(node: Node, job: str, **parameters: str) -> list[dict[str, Any]]:
+    tasks: list[dict[str, Any]] = node.request("GET", "/tasks", {"job": job, **parameters}).json()
     return tasks
 
 
@@ -183,7 +183,7 @@ def test_keys_know_what_made_them(cluster: Cluster, bucket: str) -> None:
     _put_numbers(cluster, f"{bucket}/in/", 3)
     cluster.s4("map-to-n", f"{bucket}/in/", f"{bucket}/out/", "for i in 0 1 2; do cat > $i; echo $i; done")
     job = _shares(cluster, f"{bucket}/out/")[0][1]["id"]
-    made = {}
+    made: dict[str, tuple[str | None, int | None]] = {}
     for node in cluster.nodes:
         rows = node.rows("select path, job, task from keys where path like ?", f"{bucket[5:]}/%")
         made |= {path.removeprefix(bucket[5:]): (by, task) for path, by, task in rows}

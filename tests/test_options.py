@@ -14,7 +14,7 @@ from s4.report import failure, failure_lines
 from s4.rowformats import FORMATS
 from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, part_of, state_of, summarize
 from s4.text import duration, one_line, printable, size, table
-from s4.words import Line, Usage, command_of
+from s4.words import Usage, command_of
 
 
 def _map(
@@ -51,7 +51,8 @@ USAGE = Usage("map", list(inspect.signature(_map).parameters.values()))
     ],
 )
 def test_options_stand_anywhere(words: list[str], positionals: list[str], options: dict[str, str]) -> None:
-    assert USAGE.read(words) == Line(positionals, options)
+    line = USAGE.read(words)
+    assert (line.positionals, line.options) == (positionals, options)
 
 
 @pytest.mark.parametrize("word", ["-n5", "--keep_going", "--keep", "-k", "-r", "--recursive", "--limit=3"])

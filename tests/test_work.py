@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from cluster import S4, Cluster
 
-# Besides what Python imports for itself and for the script of pip. They are 27, and one more is 0.2 to 3 ms:
+# Besides what Python imports for itself and for the script of pip. They are 32, and one more is 0.2 to 3 ms:
 # look for another way before you raise the number.
-MOST_FOR_SERVERS = 30
+MOST_FOR_SERVERS = 33
 # Easily taken along, and 1 to 40 ms each.
 NEVER = {
     "argparse",
