@@ -14,7 +14,7 @@ from s4.keys import name_of, url
 from s4.shares import Parts, exit_text, signal_of
 from s4.transfers import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
-from s4.workers.commands import read_tail
+from s4.workers.scratch import read_tail
 from s4.workers.tasks import Command, Ran
 
 LOOK_SECONDS = 0.5  # how often to see whether the caller is still there

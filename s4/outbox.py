@@ -16,7 +16,7 @@ MAX_UNSENT_BYTES = 512 * 1024 * 1024  # outputs waiting to leave; beyond it no f
 MAX_UNSENT_FILES = 20_000
 PUSHES_PER_SERVER = 2
 GATHER_FILES = 100  # outputs for a server wait until there are so many,
-GATHER_BYTES = 2 * 1024 * 1024  # or they are so large,
+GATHER_BYTES = 8 * 1024 * 1024  # or they are so large,
 GATHER_SECONDS = 0.2  # or for so long, or until no command runs
 
 T = TypeVar("T")  # what the sender wants back with the fate of an output

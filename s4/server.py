@@ -5,6 +5,7 @@ main one, and must stay slim (110 ms and 30 MB less for each).
 """
 
 import argparse
+import gc
 import logging
 import os
 import resource
@@ -195,6 +196,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     log.info("node %s serves %s", own, node.storage.root)
     if address.startswith("127.") and any(other.host != own.host for other in conf.servers):
         log.warning("%s is %s here: other machines cannot reach this node; see /etc/hosts", own.host, address)
+    gc.freeze()  # what a node is made of need not be looked at again
     stopping.wake = server.pull_trigger
     while not stopping.asked:
         wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)

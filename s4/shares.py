@@ -34,7 +34,6 @@ from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.storage import Storage
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
-from s4.workers.commands import read_tail
 from s4.workers.tasks import Command, Ran, StoredFile
 
 RECORD_SECONDS = 0.25  # how late the record may say that a task runs
@@ -417,9 +416,8 @@ class Share:
             return
         attempt.failed = True
         change = self._change(attempt, FAILED)._replace(error=problem)
-        if attempt.ran is None and attempt.ticket is not None:  # it was killed, with its stderr in place
-            stderr = self._parts.storage.temporary_file(self._work_name(attempt)) + ".err"
-            change = change._replace(stderr=read_tail(stderr))
+        if attempt.ran is None and attempt.ticket is not None:  # it was killed
+            change = change._replace(stderr=attempt.ticket.stderr)
             if isinstance(error, TimeLimitError):
                 change = change._replace(signal=int(signal.SIGKILL))
         if not attempt.outputs:  # those that were handed on go one by one
@@ -463,8 +461,7 @@ class Share:
         for ticket, attempt in running.items():
             if not ticket.began_s:
                 continue
-            stderr = self._parts.storage.temporary_file(self._work_name(attempt)) + ".err"
-            change = self._change(attempt, CANCELLED)._replace(stderr=read_tail(stderr))
+            change = self._change(attempt, CANCELLED)._replace(stderr=ticket.stderr)
             if state == INTERRUPTED:
                 change = change._replace(state=FAILED, error=STOPPED)
             self._changes.append(change)

@@ -6,17 +6,17 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
+from s4.workers.scratch import Scratch, tail_of
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
-TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of the task
-
 
 class Commands:
-    """Runs commands one after the other in one kept bash, told through the file `shell_file`."""
+    """Runs commands one after the other in one kept bash, with the files of a worker."""
 
-    def __init__(self, shell_file: str) -> None:
-        self._shell = Shell(shell_file)
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._shell = Shell(scratch.job)
 
     def tidy(self) -> None:
         """Called when nothing is to do."""
@@ -24,8 +24,12 @@ class Commands:
 
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files beside its folder."""
-        stdin, stdout, stderr = task.stdin, task.work + ".out", task.work + ".err"
-        made = [stderr]
+        stdin, stdout, stderr = task.stdin, task.work + ".out", self._scratch.stderr
+        if task.collect == "paths":
+            stdout = self._scratch.listing
+        elif task.collect == "eval":
+            stderr = task.work + ".err"
+        made: list[str] = []
         os.mkdir(task.folder, 0o700)
         try:
             if stdin is None:
@@ -39,17 +43,15 @@ class Commands:
             outputs: list[StoredFile] = []
             problem = ""
             errors: StoredFile | None = None
-            tail = read_tail(stderr)
+            tail = self._read_stderr(stderr)
             if task.collect == "eval":
-                made.remove(stderr)
                 outputs, errors = [self._finished(stdout)], self._finished(stderr)
             elif exitcode == 0 and task.collect == "stdout":
                 outputs = [self._finished(stdout)]
             elif exitcode == 0:
-                made.append(stdout)
                 files, problem = _named_files(stdout, task.folder, task.work)
                 outputs = [self._finished(path, name) for name, path in files]
-            else:
+            elif task.collect == "stdout":
                 made.append(stdout)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
@@ -60,6 +62,21 @@ class Commands:
             for path in made:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
+
+    def _read_stderr(self, path: str) -> bytes:
+        """What a command wrote, when nobody writes there any more; the file is empty for the next one."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # the command could not even be started
+            return b""
+        try:
+            self._shell.seal(fd)
+            tail = tail_of(fd)
+        finally:
+            os.close(fd)
+        if tail and path == self._scratch.stderr:
+            os.truncate(path, 0)
+        return tail
 
     def _finished(self, path: str, name: str = "") -> StoredFile:
         """Make an output immutable: no writer, mode 0444, and its checksum known."""
@@ -111,15 +128,3 @@ def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, 
             return [], f"it printed {name!r}, which is another name of a file that it printed before"
         outputs.append((name, target))
     return outputs, ""
-
-
-def read_tail(path: str) -> bytes:
-    """The last 64 KB of what a command wrote to stderr, none if it could not even be started."""
-    try:
-        with open(path, "rb", buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
-            if size > TAIL_BYTES:
-                f.seek(size - TAIL_BYTES)
-            return f.read(TAIL_BYTES) or b"" if size else b""
-    except FileNotFoundError:
-        return b""

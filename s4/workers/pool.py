@@ -25,7 +25,8 @@ from typing import Any
 from s4 import errors
 from s4.errors import S4Error, StoppingError, WorkerDiedError
 from s4.workers import processes
-from s4.workers.tasks import Failure, Result, Task, shell_file
+from s4.workers.scratch import Scratch, read_tail
+from s4.workers.tasks import Failure, Result, Task
 
 SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
 IDLE_SECONDS = 10.0
@@ -67,6 +68,7 @@ class Ticket:
         self.urgent = urgent
         self.group = group
         self.pid: int | None = None
+        self.stderr = b""  # the last that a command said whose worker died or was killed
         self.started_s = 0.0  # seconds since 1970
         self.began_s = 0.0  # monotonic, like the next
         self.done_s = 0.0
@@ -344,8 +346,10 @@ class Pool:
         processes.kill_children(lambda _pid, session: session != ours)
         with self._lock:
             ticket = self._free(worker)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(shell_file(self._scratch, worker.pid))
+        files = Scratch(self._scratch, worker.pid)
+        if ticket is not None:
+            ticket.stderr = read_tail(files.stderr)
+        files.remove()
         if worker.reason is None:
             log.warning("worker %d died, exit code %s", worker.pid, exitcode)
         if ticket is not None:

@@ -3,7 +3,6 @@
 Descriptors (a listening socket, opened files) travel beside a task, in the order given by its docstring.
 """
 
-import os
 from dataclasses import dataclass, field
 
 
@@ -122,11 +121,6 @@ class Checksums:
     """Per file (bytes, checksum, seconds since 1970 of its last change), or None if it cannot be read."""
 
     found: list[tuple[int, str, int] | None]
-
-
-def shell_file(scratch: str, pid: int) -> str:
-    """The file through which a worker tells its bash what to run."""
-    return os.path.join(scratch, f"worker-{pid}.job")
 
 
 Task = Receive | Send | Command | Push | Checksum

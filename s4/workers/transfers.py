@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from functools import lru_cache
 
 from s4.errors import S4Error, TransferError
 from s4.exchange import put_stored
@@ -54,16 +55,18 @@ def send(task: Send, fds: list[int]) -> None:
 
 def push(task: Push) -> Pushed:
     """See tasks.Push."""
-    with Caller(task.server, task.fingerprint, task.timeout) as caller:
-        refused = put_stored(
-            caller,
-            task.job,
-            [
-                (path, stored.file, stored.size, stored.checksum, number)
-                for path, stored, number in task.entries
-            ],
-        )
+    refused = put_stored(
+        _caller(task.server, task.fingerprint, task.timeout),
+        task.job,
+        [(path, stored.file, stored.size, stored.checksum, number) for path, stored, number in task.entries],
+    )
     return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
+
+
+@lru_cache(maxsize=16)
+def _caller(server: str, fingerprint: str, timeout: float) -> Caller:
+    """A connection that is kept for the next batch."""
+    return Caller(server, fingerprint, timeout)
 
 
 def checksum(task: Checksum) -> Checksums:

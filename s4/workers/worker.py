@@ -18,7 +18,8 @@ from typing import Any
 from s4.errors import S4Error
 from s4.workers import processes, transfers
 from s4.workers.commands import Commands
-from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task, shell_file
+from s4.workers.scratch import Scratch
+from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task
 
 _QUIET_MILLISECONDS = 200  # without a task for so long, the worker tidies up
 
@@ -33,7 +34,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
         _keep_from_commands(int(name))
     processes.become_subreaper()
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
-    commands = Commands(shell_file(scratch, os.getpid()))
+    commands = Commands(Scratch(scratch, os.getpid()))
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
     waiting = select.poll()  # Connection.poll would build a selector each time
     waiting.register(connection.fileno(), select.POLLIN)

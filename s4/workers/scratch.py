@@ -1,0 +1,43 @@
+"""The files that a worker process uses again and again, in the scratch folder of the pool.
+
+A file that is made and removed for each command would cost more than most commands take: ext4 looks at
+every inode that was freed of late before it gives out a new one.
+"""
+
+import contextlib
+import os
+
+TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
+
+
+class Scratch:
+    """The files of the worker `pid`."""
+
+    def __init__(self, folder: str, pid: int) -> None:
+        self.job = os.path.join(folder, f"worker-{pid}.job")  # tells its bash what to run
+        self.stderr = os.path.join(folder, f"worker-{pid}.err")  # of the command that runs
+        self.listing = os.path.join(folder, f"worker-{pid}.out")  # the paths that a map-to-n prints
+
+    def remove(self) -> None:
+        """Remove them, when the worker is gone."""
+        for path in (self.job, self.stderr, self.listing):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def read_tail(path: str) -> bytes:
+    """The last 64 KB of what a command wrote to stderr, none if it could not even be started."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        return tail_of(fd)
+    finally:
+        os.close(fd)
+
+
+def tail_of(fd: int) -> bytes:
+    """The last 64 KB of an open file."""
+    size = os.fstat(fd).st_size
+    return os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)) if size else b""
