@@ -111,7 +111,10 @@ def _run(words: Sequence[str]) -> int:
         usage.check_count(line.positionals)
         usage.values(line.options)
     calls: list[tuple[tuple[str, ...], dict[str, Any]]] = []
-    _fire(name, _recorder(name, usage, shown, calls), _encoded(line))
+    record = _recorder(name, usage, calls)
+    if line.wants_help:
+        record.__doc__ = _documentation(shown)
+    _fire(name, record, _encoded(line))
     gc.freeze()
     gc.enable()
     if line.wants_help:
@@ -144,12 +147,9 @@ def _parameters(shown: Sequence[Callable[..., Any]]) -> list[inspect.Parameter]:
 
 
 def _recorder(
-    name: str,
-    usage: Usage,
-    shown: Sequence[Callable[..., Any]],
-    calls: list[tuple[tuple[str, ...], dict[str, Any]]],
+    name: str, usage: Usage, calls: list[tuple[tuple[str, ...], dict[str, Any]]]
 ) -> Callable[..., None]:
-    """A function with the signature and the help of a command that only notes how it was called."""
+    """A function with the signature of a command that only notes how it was called."""
 
     def record(*args: str, **options: Any) -> None:
         calls.append((args, options))
@@ -163,7 +163,6 @@ def _recorder(
     ]
     vars(record)["__signature__"] = inspect.Signature(parameters)
     record.__name__ = name
-    record.__doc__ = _documentation(shown)
     return record
 
 
@@ -172,13 +171,13 @@ def _documentation(shown: Sequence[Callable[..., Any]]) -> str:
     texts = [inspect.getdoc(function) or "" for function in reversed(shown)]
     arguments: dict[str, str] = {}
     for text in texts:
-        arguments |= {entry[1]: entry[0] for entry in _ARGUMENT.finditer(text.partition("Args:\n")[2])}
+        arguments |= {entry[1]: entry[0] for entry in re.finditer(_ARGUMENT, text.partition("Args:\n")[2])}
     paragraphs = texts[0].partition("\n\nArgs:")[0].split("\n\n")
     about = [paragraph for paragraph in paragraphs if not paragraph.startswith(("Raises ", "Returns "))]
     return "\n\n".join(about) + "\n\nArgs:\n" + "\n".join(arguments.values())
 
 
-_ARGUMENT = re.compile(r"(?m)^    (\w+): .*(?:\n {5,}\S.*)*")
+_ARGUMENT = r"(?m)^    (\w+): .*(?:\n {5,}\S.*)*"
 
 
 def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
@@ -193,11 +192,11 @@ def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
 def _show_help(text: str) -> None:
     # What Fire says of flags for positionals is not so here, and its separator is no part of a command.
     text = text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -")
-    print(_OPTION.sub(_as_typed, text))
+    print(re.sub(_OPTION, _as_typed, text))
 
 
 # Fire's `-k, --keep_going=KEEP_GOING`, its type and its default, each in a line.
-_OPTION = re.compile(r"(?m)^    (?:-\w, )?--(\w+)=(\w+)((?:\n +(?:Type|Default): .*)*)$")
+_OPTION = r"(?m)^    (?:-\w, )?--(\w+)=(\w+)((?:\n +(?:Type|Default): .*)*)$"
 
 
 def _as_typed(option: re.Match[str]) -> str:

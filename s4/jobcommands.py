@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from shutil import get_terminal_size
 from typing import Any
 
 from s4 import jobtables
@@ -158,6 +157,8 @@ def show_jobs(client: Any, *, json: bool = False, **options: Any) -> int:
     if json:
         _print_json_list(_summary_json(job) for job in found)
     else:
+        from shutil import get_terminal_size  # for this alone: 3 ms, with what shutil can compress
+
         width = get_terminal_size().columns if sys.stdout.isatty() else None
         _print_lines(jobtables.jobs_table(found, width))
     if problem is not None:
