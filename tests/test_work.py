@@ -5,10 +5,15 @@ Start-up is most of a short command, and imports are most of the start.
 
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import S4, Cluster
+from cluster import S4, Cluster, write_tree
+
+from s4.index import Database, JobIndex, JobRow, KeyIndex, NewKey, NewTask
 
 # Besides what Python imports for itself and for the script of pip. They are 32, and one more is 0.2 to 3 ms:
 # look for another way before you raise the number.
@@ -99,3 +104,79 @@ def test_a_command_imports_nothing_large_that_it_does_not_use(
     found = _imported(cluster.env, S4, *words) - bare
     assert "s4.client" in found
     assert not found & (NEVER | besides)
+
+
+@contextmanager
+def _requests(cluster: Cluster) -> Iterator[Counter[str]]:
+    """How often each kind of request was made inside, on all nodes; filled in at the end."""
+    before = [len(node.log) for node in cluster.nodes]
+    counted: Counter[str] = Counter()
+    yield counted
+    for node, start in zip(cluster.nodes, before, strict=True):
+        lines = [line.split() for line in node.log[start:].splitlines()]
+        counted.update(words[4].partition("?")[0] for words in lines if words[2] == "s4.http")
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Cluster]:
+    """A cluster that no other test talks to at the same time."""
+    with Cluster(3, ["--max-cpu-jobs", "4"]) as cluster:
+        yield cluster
+
+
+def test_many_small_files_are_copied_in_few_round_trips(three: Cluster) -> None:
+    write_tree(three.work, {f"small/{i:04}": b"x" * 100 for i in range(1000)})
+    with _requests(three) as put:
+        three.s4("cp", "-r", "small/", "s4://b/small/")
+    # 334 files a node are two batches, each with one request to prepare it and one to confirm it.
+    assert put == {"/prepare_puts": 6, "/confirm_puts": 6}
+    with _requests(three) as got:
+        three.s4("cp", "-r", "s4://b/small/", "copy/")
+    assert got == {"/list": 3, "/prepare_gets": 6}
+    with _requests(three) as removed:
+        three.s4("rm", "-r", "s4://b/small/")
+    assert removed == {"/delete": 3}
+
+
+def test_a_shuffle_speaks_with_nodes_and_not_for_files(three: Cluster) -> None:
+    three.put_all({f"s4://b/in/{i:03}": b"" for i in range(12)})
+    for files in (10, 100):
+        command = f"for i in $(seq -w {files}); do echo > $i; echo $i; done"
+        with _requests(three) as sent:
+            three.s4("map-to-n", "s4://b/in/", f"s4://b/out{files}/", command)
+        assert len(three.keys(f"s4://b/out{files}/")) == 12 * files
+        # Each node to each other, a batch for 100 files or so, and what gathers for a fifth of a second.
+        assert 6 <= sent["/prepare_puts"] == sent["/confirm_puts"] <= 6 * (2 + 4 * files // 100), sent
+        assert sent["/map_to_n"] == sent["/health"] == 3 and sent.total() < 60 + sent["/prepare_puts"] * 2
+
+
+def test_commands_share_a_few_shells(three: Cluster) -> None:
+    three.put_all({f"s4://b/many/{i:03}": b"" for i in range(90)})
+    three.s4("map", "s4://b/many/", "s4://b/shells/", "echo $$")
+    for position, node in enumerate(three.nodes):
+        shells = {three.get(f"s4://b/shells/{i:03}") for i in range(position, 90, 3)}
+        assert len(shells) <= 4, f"{node}: a new bash for each command costs three times as much"
+
+
+def _transactions(database: Database, action: Callable[[], object]) -> int:
+    statements: list[str] = []
+    with database.write() as db:
+        db.set_trace_callback(statements.append)
+    action()
+    with database.write() as db:
+        db.set_trace_callback(None)
+    return sum(1 for sql in statements if sql.startswith("BEGIN")) - 1
+
+
+def test_a_batch_is_one_transaction(folder: Path) -> None:
+    database = Database(str(folder / "node.db"))
+    keys, jobs = KeyIndex(database), JobIndex(database)
+    batch = [NewKey(f"b/{i}", 1, "0", "job", i) for i in range(200)]
+    assert _transactions(database, lambda: keys.add(batch, lambda _i: None, lambda _path: None)) == 1
+    # Rows, then files; and a look that finds nothing more.
+    assert _transactions(database, lambda: keys.remove_prefix("b/", lambda _path: None)) == 3
+    jobs.begin(JobRow("job", "map", "s4://b/", "s4://c/", "cat"))
+    tasks = [NewTask(i, f"b/{i}", 1, 1) for i in range(1000)]
+    assert _transactions(database, lambda: jobs.add_tasks("job", tasks)) == 1
+    assert _transactions(database, lambda: jobs.end("job", "cancelled", None)) <= 3
+    database.close()
