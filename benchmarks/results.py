@@ -47,6 +47,12 @@ class Result:
         first, last = self.column(name)[0], self.column(name)[-1]
         self.claim(text, last <= FLAT * first, f"{name}: {shown(first)} → {shown(last)}")
 
+    def claim_bounded(self, text: str, name: str) -> None:
+        """Claim that a column levels off: its last number is at most FLAT times the one before."""
+        *_earlier, before, last = [0.0, *self.column(name)]
+        numbers = " → ".join(map(shown, self.column(name)))
+        self.claim(text, last <= FLAT * (before or last), f"{name}: {numbers}")
+
     def claim_kept(self, text: str, name: str, share: float) -> None:
         """Claim that the last number of a column is at least `share` of the largest."""
         best, last = max(self.column(name)), self.column(name)[-1]

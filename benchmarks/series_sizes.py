@@ -27,7 +27,7 @@ def run(scale: str, folder: Path) -> Result:
             result.rows.append(_measure(cluster, folder, size, repeats))
     result.notes += budget.note()
     for side in ("put client MB", "get client MB", "node MB"):
-        result.claim_flat(f"memory is bounded: {side.removesuffix(' MB')}", side)
+        result.claim_flat(f"memory stays flat: {side.removesuffix(' MB')}", side)
     return result
 
 
