@@ -167,8 +167,9 @@ class JobSummary:
 
 def state_of(states: Iterable[str]) -> str:
     """The state of a job from those of its parts."""
-    found = {INTERRUPTED if state in (LOST, MISSING) else state for state in states}
-    return next((state for state in (RUNNING, INTERRUPTED, FAILED, CANCELLED) if state in found), DONE)
+    found = {INTERRUPTED if state == LOST else state for state in states}
+    worst = next((state for state in (RUNNING, INTERRUPTED, FAILED, CANCELLED, MISSING) if state in found), DONE)
+    return INTERRUPTED if worst == MISSING else worst
 
 
 def part_of(share: Share) -> Part:

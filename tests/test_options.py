@@ -214,6 +214,7 @@ def test_what_a_lost_node_had_to_do_is_lost() -> None:
         (["cancelled", "done"], "cancelled"),
         (["failed", "lost"], "interrupted"),
         (["missing", "done"], "interrupted"),
+        (["missing", "failed"], "failed"),
     ],
 )
 def test_the_state_of_a_job_is_that_of_its_worst_share(states: list[str], state: str) -> None:
