@@ -2,7 +2,6 @@
 
 import inspect
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -10,6 +9,7 @@ from s4 import keys
 from s4.errors import MisuseError
 from s4.jobtables import JOBLOG_COLUMNS, joblog_row, plan_totals
 from s4.queries import Result
+from s4.record import replace
 from s4.report import failure, failure_lines
 from s4.rowformats import FORMATS
 from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, part_of, state_of, summarize
