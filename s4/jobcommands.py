@@ -179,8 +179,9 @@ def show_job(client: "Any", *words: str, json: bool = False) -> int:
     failed = client.tasks(summary.job, state=FAILED, stderr=True) if summary.failed else iter(())
     problem = None
     if json:
-        head = _encoded(_summary_json(summary) | {"failures": []}).removesuffix("]}")
-        sys.stdout.write(head)
+        fields = _summary_json(summary)
+        del fields["failures"]  # they follow, one by one
+        sys.stdout.write(_encoded(fields).removesuffix("}") + ', "failures": [')
         separator = ""
     else:
         _print_lines(jobtables.job_page(summary))

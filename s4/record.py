@@ -20,7 +20,7 @@ else:
             values = {**defaults, **dict(zip(names, args, strict=False)), **given}
             if len(args) > len(names) or values.keys() != set(names):
                 raise TypeError(f"{cls.__name__} has the fields {', '.join(names)}, not {', '.join(values)}")
-            vars(self).update(values)
+            vars(self).update((name, values[name]) for name in names)
 
         cls.__init__ = init
         cls.__eq__ = lambda self, other: type(other) is cls and vars(self) == vars(other)
