@@ -1,11 +1,11 @@
 """Jobs over the whole cluster: submit, wait, cancel, retry, plan; a job is named by a beginning of its id."""
 
+from __future__ import annotations
+
 import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 from s4 import jobcalls
 from s4.asking import at_once
@@ -23,6 +23,7 @@ from s4.errors import (
 from s4.following import Follower, Watch
 from s4.keys import check_job_folders, new_job_id
 from s4.reaching import check_all_reachable, down, each
+from s4.record import asdict, record
 from s4.report import ending, failure_lines
 from s4.summary import (
     DONE,
@@ -39,6 +40,7 @@ from s4.summary import (
     summarize,
 )
 
+TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
     from s4.client import Client
 
@@ -63,7 +65,7 @@ class JobError(S4Error):
         self.exit_code = UNREACHABLE if summary.unreachable else FAILED
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """A job to be submitted. `timeout` in seconds, for each command."""
 
@@ -98,7 +100,8 @@ class Request:
         )
 
 
-class Found(NamedTuple):
+@record
+class Found:
     """A job by its id: the share of each server, None where there is none, and the servers that are down.
 
     An eval has a share on one server only.
@@ -129,7 +132,7 @@ class Found(NamedTuple):
         return summarize(self.share, parts)
 
 
-def run(client: "Client", request: Request, watch: Watch | None) -> JobSummary:
+def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     """Submit a job and follow it to its end. Raises JobError if it does not end well.
 
     A Ctrl-C cancels it on all nodes; a second one leaves at once.
@@ -144,7 +147,7 @@ def run(client: "Client", request: Request, watch: Watch | None) -> JobSummary:
     return _ended_well(summary)
 
 
-def start(client: "Client", request: Request) -> str:
+def start(client: Client, request: Request) -> str:
     """Submit a job and return its id."""
     _prepare(client, request)
     job = new_job_id()
@@ -153,7 +156,7 @@ def start(client: "Client", request: Request) -> str:
     return job
 
 
-def _prepare(client: "Client", request: Request) -> None:
+def _prepare(client: Client, request: Request) -> None:
     """Raises what speaks against a job before any node has begun it."""
     request.check()
     check_all_reachable(client)
@@ -161,7 +164,7 @@ def _prepare(client: "Client", request: Request) -> None:
         _check_no_twin(client, request)
 
 
-def _submit(client: "Client", request: Request, job: str) -> dict[str, Share]:
+def _submit(client: Client, request: Request, job: str) -> dict[str, Share]:
     """Start a job on all nodes or on none."""
     body = {**asdict(request), "job": job, "detach": True}
     path = "/" + body.pop("kind").replace("-", "_")
@@ -174,7 +177,7 @@ def _submit(client: "Client", request: Request, job: str) -> dict[str, Share]:
     return _all_or_none(client, job, None, post, [servers[:first], servers[first:]])
 
 
-def _check_no_twin(client: "Client", request: Request) -> None:
+def _check_no_twin(client: Client, request: Request) -> None:
     parameters = {"state": RUNNING, "limit": "1000"}
     for shares in at_once(lambda server: jobcalls.shares(client, server, **parameters), client.servers()):
         for share in shares:
@@ -183,7 +186,7 @@ def _check_no_twin(client: "Client", request: Request) -> None:
 
 
 def _all_or_none(
-    client: "Client", job: str, run: int | None, post: Callable[[str], Share], rounds: Sequence[list[str]]
+    client: Client, job: str, run: int | None, post: Callable[[str], Share], rounds: Sequence[list[str]]
 ) -> dict[str, Share]:
     """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised."""
     shares: dict[str, Share] = {}
@@ -195,7 +198,7 @@ def _all_or_none(
 
 
 @contextlib.contextmanager
-def _cancelling(client: "Client", job: str, watch: Watch, run: int | None = None) -> Iterator[None]:
+def _cancelling(client: Client, job: str, watch: Watch, run: int | None = None) -> Iterator[None]:
     """Have a Ctrl-C cancel a job before it goes on its way."""
     try:
         yield
@@ -205,7 +208,7 @@ def _cancelling(client: "Client", job: str, watch: Watch, run: int | None = None
         raise KeyboardInterrupt(f"job {job} is cancelled") from None
 
 
-def _cancel_quietly(client: "Client", job: str, run: int | None) -> None:
+def _cancel_quietly(client: Client, job: str, run: int | None) -> None:
     """Cancel a job on all nodes that can be reached, and wait for that."""
 
     def attempt(server: str) -> None:
@@ -218,7 +221,7 @@ def _cancel_quietly(client: "Client", job: str, run: int | None) -> None:
 
 
 def _follow(
-    client: "Client", shares: Mapping[str, Share | None], watch: Watch, began: float | None = None
+    client: Client, shares: Mapping[str, Share | None], watch: Watch, began: float | None = None
 ) -> JobSummary:
     newest = max((share for share in shares.values() if share is not None), key=lambda share: share.run)
     return Follower(client, newest, shares, watch, began).wait()
@@ -230,7 +233,7 @@ def _ended_well(summary: JobSummary) -> JobSummary:
     return summary
 
 
-def wait(client: "Client", prefix: str, watch: Watch | None) -> JobSummary:
+def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
     """Follow a job that runs to its end. Raises JobError if it does not end well."""
     found = find(client, prefix)
     try:
@@ -239,7 +242,7 @@ def wait(client: "Client", prefix: str, watch: Watch | None) -> JobSummary:
         raise KeyboardInterrupt(f"job {found.job} goes on; s4 wait {found.job}") from None
 
 
-def cancel(client: "Client", prefix: str) -> tuple[JobSummary, bool]:
+def cancel(client: Client, prefix: str) -> tuple[JobSummary, bool]:
     """End a job everywhere. Returns it as it is then, and whether it had ended before.
 
     Raises UnreachableError, after the others have ended it, if a node that may run it is down.
@@ -258,7 +261,7 @@ def cancel(client: "Client", prefix: str) -> tuple[JobSummary, bool]:
     return found.summary(), over
 
 
-def retry(client: "Client", prefix: str, watch: Watch | None, *, detach: bool = False) -> JobSummary | None:
+def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = False) -> JobSummary | None:
     """Run again what failed, was cancelled or was lost, and follow it; None if there is nothing to do.
 
     With `detach` it is not followed, and the summary is that of its beginning. Raises JobError like `run`.
@@ -303,7 +306,7 @@ def retry(client: "Client", prefix: str, watch: Watch | None, *, detach: bool = 
     return _ended_well(summary)
 
 
-def find(client: "Client", prefix: str) -> Found:
+def find(client: Client, prefix: str) -> Found:
     """The one job whose id starts with `prefix`. Raises S4Error if there is none, or more than one."""
     if not prefix:
         raise MisuseError("the id of a job is empty")
@@ -331,7 +334,7 @@ def find(client: "Client", prefix: str) -> Found:
     return Found(job, {s: known.get(s) for s in (known if of_eval else client.servers())}, unreachable)
 
 
-def jobs(client: "Client", limit: int) -> Iterator[JobSummary]:
+def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
     """The newest jobs of the cluster; raises UnreachableError after them if a node is down."""
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
@@ -342,7 +345,7 @@ def jobs(client: "Client", limit: int) -> Iterator[JobSummary]:
         raise down(unreachable)
 
 
-def tasks(client: "Client", prefix: str, *, state: str = "", stderr: bool = False) -> Iterator[Task]:
+def tasks(client: Client, prefix: str, *, state: str = "", stderr: bool = False) -> Iterator[Task]:
     """The tasks of a job in their order, as they come; raises UnreachableError after them for a node down."""
     from heapq import merge
 
@@ -357,7 +360,7 @@ def tasks(client: "Client", prefix: str, *, state: str = "", stderr: bool = Fals
         raise down(list(found.down.values()))
 
 
-def plan(client: "Client", request: Request) -> list[PlanPart]:
+def plan(client: Client, request: Request) -> list[PlanPart]:
     """What each node would have to do."""
     request.check()
     body = {name: getattr(request, name) for name in ("kind", "cmd", "indir", "outdir", "skip_existing")}

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from datetime import datetime
 
 from s4.report import counts, how_it_ended, total
 from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, RUNNING, JobSummary, PlanPart, Task
@@ -179,4 +178,4 @@ def _skew(shares: Sequence[int]) -> float:
 
 def moment(seconds: float) -> str:
     """A time as listings show it."""
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,7 +1,6 @@
 """Questions about what the nodes hold: a key's origin, and SQL over all indexes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from s4.asking import GRACE_SECONDS, at_once
@@ -10,6 +9,7 @@ from s4.jobcalls import read_json
 from s4.jobcontrol import check_limit
 from s4.keys import parse_key, url
 from s4.reaching import ask, down, reaching
+from s4.record import record
 
 if TYPE_CHECKING:
     from s4.client import Client
@@ -20,7 +20,7 @@ NODE_COLUMN = "node"
 Value = None | int | float | str | bytes
 
 
-@dataclass(frozen=True)
+@record
 class KeyInfo:
     """What is known of a key. `command`, `kind` and `input` are those of the task that made it.
 
@@ -74,12 +74,12 @@ def _object(client: "Client", server: str, path: str, parameters: Mapping[str, s
 
 def _key_info(server: str, found: Mapping[str, Any]) -> KeyInfo:
     try:
-        return KeyInfo(**{field.name: found[field.name] for field in fields(KeyInfo) if field.name in found})
+        return KeyInfo(**{name: found[name] for name in KeyInfo.__annotations__ if name in found})
     except TypeError:
         raise UnreachableError(server, "its answer makes no sense") from None
 
 
-@dataclass(frozen=True)
+@record
 class Result:
     """What a query found: the names of its columns, the first of which is the node, and its rows."""
 

@@ -2,7 +2,6 @@
 
 import inspect
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -10,6 +9,7 @@ from s4 import keys
 from s4.errors import MisuseError
 from s4.jobtables import JOBLOG_COLUMNS, joblog_row, plan_totals
 from s4.queries import Result
+from s4.record import asdict, replace
 from s4.report import failure, failure_lines
 from s4.rowformats import FORMATS
 from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, part_of, state_of, summarize
@@ -158,6 +158,17 @@ def test_a_row_of_the_joblog_has_all_columns_whatever_happened() -> None:
     assert joblog_row(lost, "").split("\t")[6:8] == ["-1", "0"]
 
 
+def test_a_record_is_made_changed_and_compared_by_its_fields() -> None:
+    changed = replace(TASK, attempt=2)
+    assert (changed.attempt, TASK.attempt, changed == TASK) == (2, 1, False)
+    assert replace(changed, attempt=1) == TASK
+    assert list(asdict(changed))[:3] == ["node", "task", "input"]
+    with pytest.raises(TypeError, match="fields"):
+        PlanPart("h:1", 1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="fields"):
+        replace(TASK, colour="red")  # type: ignore[call-arg]
+
+
 SHARE = Share(
     node="h:1",
     id="1abc",
@@ -214,6 +225,7 @@ def test_what_a_lost_node_had_to_do_is_lost() -> None:
         (["cancelled", "done"], "cancelled"),
         (["failed", "lost"], "interrupted"),
         (["missing", "done"], "interrupted"),
+        (["missing", "failed"], "failed"),
     ],
 )
 def test_the_state_of_a_job_is_that_of_its_worst_share(states: list[str], state: str) -> None:
