@@ -6,9 +6,11 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import Scratch, tail_of
+from s4.workers.scratch import Scratch, read_tail
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
+
+_FOLDER_MODE = 0o700
 
 
 class Commands:
@@ -18,10 +20,6 @@ class Commands:
         self._scratch = scratch
         self._shell = Shell(scratch.job)
 
-    def tidy(self) -> None:
-        """Called when nothing is to do."""
-        self._shell.sweep()
-
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files beside its folder."""
         stdin, stdout, stderr = task.stdin, task.work + ".out", self._scratch.stderr
@@ -30,11 +28,10 @@ class Commands:
         elif task.collect == "eval":
             stderr = task.work + ".err"
         made: list[str] = []
-        os.mkdir(task.folder, 0o700)
+        self._give_folder(task.folder)
         try:
             if stdin is None:
-                stdin = task.work + ".in"
-                made.append(stdin)
+                stdin = self._scratch.stdin
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
             exitcode, usage = self._shell.run(
@@ -55,25 +52,33 @@ class Commands:
                 made.append(stdout)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
-            try:
-                os.rmdir(task.folder)
-            except OSError:  # the command left something in it
-                remove_tree(task.folder)
+            self._take_folder(task.folder)
             for path in made:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
+    def _give_folder(self, folder: str) -> None:
+        """Make the empty folder of a command, of the one before if there is one."""
+        try:
+            os.rename(self._scratch.folder, folder)
+        except FileNotFoundError:
+            os.mkdir(folder, _FOLDER_MODE)
+
+    def _take_folder(self, folder: str) -> None:
+        """Empty the folder of a command and keep it for the next; one that was tampered with goes."""
+        try:
+            for name in os.listdir(folder):
+                remove_tree(os.path.join(folder, name))
+            if stat.S_IMODE(os.stat(folder).st_mode) == _FOLDER_MODE:
+                os.rename(folder, self._scratch.folder)
+                return
+        except OSError:
+            pass
+        remove_tree(folder)
+
     def _read_stderr(self, path: str) -> bytes:
-        """What a command wrote, when nobody writes there any more; the file is empty for the next one."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # the command could not even be started
-            return b""
-        try:
-            self._shell.seal(fd)
-            tail = tail_of(fd)
-        finally:
-            os.close(fd)
+        """What a command wrote; the file is empty for the next one."""
+        tail = read_tail(path)
         if tail and path == self._scratch.stderr:
             os.truncate(path, 0)
         return tail
@@ -88,7 +93,6 @@ class Commands:
             os.chmod(path, 0o444)
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self._shell.seal(fd)
             os.fchmod(fd, 0o444)
             size, checksum = checksum_of(fd)
         finally:

@@ -51,6 +51,16 @@ def children() -> list[tuple[int, int]]:
     return found
 
 
+def has_children_besides(pid: int) -> bool:
+    """Whether this process has children, zombies among them, other than `pid`; asked by its main thread."""
+    own = os.getpid()
+    try:
+        with open(f"/proc/{own}/task/{own}/children", "rb", buffering=0) as f:
+            return any(int(child) != pid for child in f.read().split())
+    except OSError:  # a kernel without this file
+        return any(child != pid for child, _session in children())
+
+
 def memory_below(pid: int) -> int:
     """The most memory, in bytes, that the living processes below a process have had resident, added up.
 

@@ -1,7 +1,7 @@
 """The files that a worker process uses again and again, in the scratch folder of the pool.
 
-A file that is made and removed for each command would cost more than most commands take: ext4 looks at
-every inode that was freed of late before it gives out a new one.
+A file or folder that is made and removed for each command costs more than it seems: ext4 looks at every
+inode that was freed of late before it gives out a new one.
 """
 
 import contextlib
@@ -16,13 +16,17 @@ class Scratch:
     def __init__(self, folder: str, pid: int) -> None:
         self.job = os.path.join(folder, f"worker-{pid}.job")  # tells its bash what to run
         self.stderr = os.path.join(folder, f"worker-{pid}.err")  # of the command that runs
+        self.stdin = os.path.join(folder, f"worker-{pid}.in")  # the paths that a map-from-n reads
+        self.folder = os.path.join(folder, f"worker-{pid}.dir")  # empty, for the next command
         self.listing = os.path.join(folder, f"worker-{pid}.out")  # the paths that a map-to-n prints
 
     def remove(self) -> None:
         """Remove them, when the worker is gone."""
-        for path in (self.job, self.stderr, self.listing):
+        for path in (self.job, self.stdin, self.stderr, self.listing):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self.folder)
 
 
 def read_tail(path: str) -> bytes:
@@ -32,12 +36,7 @@ def read_tail(path: str) -> bytes:
     except FileNotFoundError:
         return b""
     try:
-        return tail_of(fd)
+        size = os.fstat(fd).st_size
+        return os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)) if size else b""
     finally:
         os.close(fd)
-
-
-def tail_of(fd: int) -> bytes:
-    """The last 64 KB of an open file."""
-    size = os.fstat(fd).st_size
-    return os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)) if size else b""

@@ -7,8 +7,6 @@ commands and itself.
 import contextlib
 import logging
 import os
-import select
-import signal
 import socket
 import threading
 from multiprocessing.connection import Connection
@@ -21,26 +19,19 @@ from s4.workers.commands import Commands
 from s4.workers.scratch import Scratch
 from s4.workers.tasks import Checksum, Command, Failure, Push, Receive, Result, Send, Task
 
-_QUIET_MILLISECONDS = 200  # without a task for so long, the worker tidies up
-
 log = logging.getLogger("s4.worker")
 
 
 def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", scratch: str) -> None:
     """Serve `connection` until it closes. `lifeline` closes when the node ends; `scratch` is a folder."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGIO, signal.SIG_IGN)  # comes when a lease of Shell.seal is broken
     for name in os.listdir("/proc/self/fd"):
         _keep_from_commands(int(name))
     processes.become_subreaper()
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
     commands = Commands(Scratch(scratch, os.getpid()))
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
-    waiting = select.poll()  # Connection.poll would build a selector each time
-    waiting.register(connection.fileno(), select.POLLIN)
     while True:
-        if not waiting.poll(_QUIET_MILLISECONDS):
-            commands.tidy()
         try:
             task, count = connection.recv()
             fds = recvfds(descriptors, count) if count else []
