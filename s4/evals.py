@@ -111,7 +111,7 @@ class Evals:
             state = CANCELLED
         elif isinstance(error, StoppingError):
             state, shown = INTERRUPTED, STOPPED
-        change = TaskChange(task.task, CANCELLED if state == CANCELLED else FAILED, 1, error=shown)
+        change = TaskChange(task.task, FAILED if state == FAILED else CANCELLED, 1, error=shown)
         if ticket.began_s:
             stderr = read_tail(self._parts.storage.temporary_file(work) + ".err")
             change = change._replace(

@@ -1,6 +1,5 @@
 """Outputs of a shuffle on their way to other nodes: gathered, sent in batches, counted."""
 
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -139,7 +138,6 @@ class Outbox(Generic[T]):
             kind = ConflictError if isinstance(e, ConflictError) else S4Error
             outcome = [kind(f"outputs for {server}: {e}")] * len(batch)
         for sending in batch:
-            os.unlink(sending.file.file)
             self._files -= 1
             self._bytes -= sending.file.size
         return [(sending.sender, error) for sending, error in zip(batch, outcome, strict=True)]

@@ -463,7 +463,7 @@ class Share:
                 continue
             change = self._change(attempt, CANCELLED)._replace(stderr=ticket.stderr)
             if state == INTERRUPTED:
-                change = change._replace(state=FAILED, error=STOPPED)
+                change = change._replace(error=STOPPED)
             self._changes.append(change)
         if state != DONE:
             self._parts.storage.discard(self.job.id)

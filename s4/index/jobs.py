@@ -163,8 +163,9 @@ class JobIndex:
         )
         with self._db.write() as db:
             db.execute(
-                "UPDATE jobs SET run = ?, state = 'running', finished_s = NULL, error = NULL WHERE id = ?",
-                (run, job_id),
+                "UPDATE jobs SET run = ?, state = 'running', started_s = ?, finished_s = NULL, error = NULL"
+                " WHERE id = ?",
+                (run, time.time(), job_id),
             )
             db.execute(_COUNTS + "WHERE id = ?", (job_id,))
 
@@ -331,7 +332,7 @@ class JobIndex:
         running = self._db.read().execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
         for (job_id,) in running:
             self._in_steps(
-                f"UPDATE tasks SET state = 'failed', error = '{STOPPED}'"
+                f"UPDATE tasks SET state = 'cancelled', error = '{STOPPED}'"
                 " WHERE job = ? AND task > ? AND state = 'running'",
                 job_id,
             )

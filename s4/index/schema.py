@@ -40,7 +40,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "state": "of this node's share: running, done, failed, cancelled or interrupted",
         "tasks": "number of tasks of this node",
         "done": "tasks whose outputs are stored",
-        "started_s": _TIME,
+        "started_s": f"start of the last run, {_TIME}",
         "finished_s": f"{_TIME}; null while it runs",
         "error": "what failed first, one line",
         "run": "1, and one more for each retry",

@@ -93,7 +93,10 @@ class Ran:
 
 @dataclass(frozen=True)
 class Push:
-    """Store finished files on another node, as one batch, as outputs of tasks of `job`. Answers Pushed."""
+    """Store finished files on another node, as one batch, as outputs of tasks of `job`, and remove them here.
+
+    Answers Pushed.
+    """
 
     server: str
     fingerprint: str

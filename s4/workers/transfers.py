@@ -55,11 +55,12 @@ def send(task: Send, fds: list[int]) -> None:
 
 def push(task: Push) -> Pushed:
     """See tasks.Push."""
-    refused = put_stored(
-        _caller(task.server, task.fingerprint, task.timeout),
-        task.job,
-        [(path, stored.file, stored.size, stored.checksum, number) for path, stored, number in task.entries],
-    )
+    entries = [(path, sent.file, sent.size, sent.checksum, number) for path, sent, number in task.entries]
+    try:
+        refused = put_stored(_caller(task.server, task.fingerprint, task.timeout), task.job, entries)
+    finally:
+        for _path, sent, _number in task.entries:
+            os.unlink(sent.file)
     return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
 
 
