@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ MAX_TIMEOUT = 366 * 86400.0
 MAX_RETRIES = 1000
 MAX_LIMIT = 1_000_000
 CANDIDATES = 10  # so many ids are named if the beginning of one is ambiguous
-_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_ID = r"[A-Za-z0-9-]{1,64}"
 
 
 class JobError(S4Error):
@@ -140,7 +139,7 @@ def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     watch = watch or Watch()
     _prepare(client, request)
     job, began = new_job_id(), time.monotonic()
-    with _cancelling(client, job, watch):
+    with _Cancelling(client, job, watch):
         summary = _follow(client, _submit(client, request, job), watch, began)
     if summary.state == DONE and summary.tasks == 0 and not request.skip_existing:
         raise JobError(summary, f"nothing to map: no keys in {request.indir}")
@@ -151,7 +150,7 @@ def start(client: Client, request: Request) -> str:
     """Submit a job and return its id."""
     _prepare(client, request)
     job = new_job_id()
-    with _cancelling(client, job, Watch()):
+    with _Cancelling(client, job, Watch()):
         _submit(client, request, job)
     return job
 
@@ -197,15 +196,23 @@ def _all_or_none(
     return shares
 
 
-@contextlib.contextmanager
-def _cancelling(client: Client, job: str, watch: Watch, run: int | None = None) -> Iterator[None]:
-    """Have a Ctrl-C cancel a job before it goes on its way."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        watch.cancelling(job)
-        _cancel_quietly(client, job, run)
-        raise KeyboardInterrupt(f"job {job} is cancelled") from None
+class _Cancelling:
+    """For a `with`: has a Ctrl-C cancel a job before it goes on its way. (A class as in reaching.py.)"""
+
+    def __init__(self, client: Client, job: str, watch: Watch, run: int | None = None) -> None:
+        self._client = client
+        self._job = job
+        self._watch = watch
+        self._run = run
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
+        if isinstance(e, KeyboardInterrupt):
+            self._watch.cancelling(self._job)
+            _cancel_quietly(self._client, self._job, self._run)
+            raise KeyboardInterrupt(f"job {self._job} is cancelled") from None
 
 
 def _cancel_quietly(client: Client, job: str, run: int | None) -> None:
@@ -294,7 +301,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         "keep_going": share.keep_going,
         "skip_existing": share.skip_existing,
     }
-    with _cancelling(client, found.job, watch, again):
+    with _Cancelling(client, found.job, watch, again):
 
         def post(server: str) -> Share:
             return jobcalls.submit(client, server, "/retry", spec)
@@ -310,7 +317,7 @@ def find(client: Client, prefix: str) -> Found:
     """The one job whose id starts with `prefix`. Raises S4Error if there is none, or more than one."""
     if not prefix:
         raise MisuseError("the id of a job is empty")
-    if not _ID.fullmatch(prefix):
+    if not re.fullmatch(_ID, prefix):
         raise MissingError(f"no job {prefix!r}; s4 jobs lists them")
     parameters = {"prefix": prefix, "limit": str(CANDIDATES + 1)}
     answers = each(lambda server: jobcalls.shares(client, server, **parameters), client.servers())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from s4.asking import GRACE_SECONDS, at_once
 from s4.errors import NodeError, StoppingError, UnreachableError
@@ -31,17 +30,23 @@ def each(call: Callable[[str], T], servers: Sequence[str]) -> dict[str, T | Unre
     return dict(zip(servers, at_once(attempt, servers), strict=True))
 
 
-@contextlib.contextmanager
-def reaching(server: str) -> Iterator[None]:
-    """Turn what says that a node is down, or no node, into an UnreachableError that names it."""
-    try:
-        yield
-    except UnreachableError:
-        raise
-    except NodeError as e:
-        raise UnreachableError(server, str(e).removeprefix(f"{server}: ")) from e
-    except StoppingError as e:
-        raise UnreachableError(server, str(e)) from e
+def reaching(server: str) -> _Reaching:
+    """For a `with`: turns what says that a node is down, or none, into an UnreachableError that names it."""
+    return _Reaching(server)
+
+
+class _Reaching:
+    """See reaching. (A class: contextlib takes 0.5 ms to import.)"""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
+        if isinstance(e, (NodeError, StoppingError)) and not isinstance(e, UnreachableError):
+            raise UnreachableError(self._server, str(e).removeprefix(f"{self._server}: ")) from e
 
 
 def ask(
