@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from s4.asking import GRACE_SECONDS
 from s4.errors import MissingError, NodeError
-from s4.listing import json_rows
 from s4.reaching import ask, reaching
 from s4.summary import PlanPart, Share, Task
 
@@ -62,6 +61,8 @@ def tasks_of(
     client: Client, server: str, job: str, *, state: str = "", stderr: bool = False
 ) -> Iterator[Task]:
     """A node's tasks of a job in their order, as they come; none if it has no share of it."""
+    from s4.listing import json_rows  # 0.5 ms, and most jobs have no tasks to be shown
+
     parameters = {"job": job} | ({"state": state} if state else {}) | ({"stderr": "true"} if stderr else {})
     with reaching(server), client.caller(server) as caller:
         try:
