@@ -1,16 +1,15 @@
 """How the commands about jobs are shown. What `show_x` does not name, it takes as `Client.x` does.
 
-What is said of a job goes to stderr, results to stdout.
+What is said of a job goes to stderr, results to stdout. Tables are imported by commands that print one.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterable
 
-from s4 import jobtables
 from s4.errors import MisuseError, OverlapError, UnreachableError
 from s4.jobcontrol import JobError
-from s4.progress import watch_for
+from s4.progress import columns, watch_for
 from s4.record import asdict
 from s4.report import ending
 from s4.summary import FAILED, JobSummary, Task
@@ -136,6 +135,8 @@ def _show_id(job: str, as_json: bool) -> int:
 
 
 def _show_plan(parts: "Any", as_json: bool) -> int:
+    from s4 import jobtables
+
     if as_json:
         nodes = [asdict(part) for part in parts]
         _print_json({"nodes": nodes, **jobtables.plan_totals(parts)})
@@ -160,9 +161,9 @@ def show_jobs(client: "Any", *, json: bool = False, **options: "Any") -> int:
     if json:
         _print_json_list(_summary_json(job) for job in found)
     else:
-        from shutil import get_terminal_size  # for this alone: 3 ms, with what shutil can compress
+        from s4 import jobtables
 
-        width = get_terminal_size().columns if sys.stdout.isatty() else None
+        width = columns(sys.stdout) if sys.stdout.isatty() else None
         _print_lines(jobtables.jobs_table(found, width))
     if problem is not None:
         raise problem
@@ -175,6 +176,8 @@ def show_job(client: "Any", *words: str, json: bool = False) -> int:
     Args:
         json: print a JSON object.
     """
+    from s4 import jobtables
+
     summary = client.job(*words)
     failed = client.tasks(summary.job, state=FAILED, stderr=True) if summary.failed else iter(())
     problem = None
@@ -217,6 +220,8 @@ def show_joblog(client: "Any", job: str, *, json: bool = False) -> int:
         job: its id, or a beginning of it that no other job has.
         json: print a JSON list of tasks.
     """
+    from s4 import jobtables
+
     summary = client.job(job)
     tasks = client.tasks(summary.job)
     if not json:
@@ -253,6 +258,8 @@ def show_stat(client: "Any", *words: str, json: bool = False) -> int:
     if json:
         _print_json(fields)
     else:
+        from s4 import jobtables
+
         fields["created"] = jobtables.moment(fields.pop("created_s"))
         names = (
             "key",

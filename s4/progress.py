@@ -13,7 +13,7 @@ from s4.text import printable, shortened, size
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TextIO
 
     from tqdm import tqdm
 
@@ -29,9 +29,9 @@ def watch_for(*, quiet: bool) -> Watch:
     return Bar() if sys.stderr.isatty() else Lines()
 
 
-def _columns() -> int:
-    """The width of the terminal, also of one that does not know it."""
-    return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+def columns(terminal: TextIO) -> int:
+    """The width of a terminal, also of one that does not know it."""
+    return os.get_terminal_size(terminal.fileno()).columns or 80
 
 
 class _Shown(Watch):
@@ -87,7 +87,7 @@ class Bar(_Shown):
             total=summary.tasks,
             bar_format=_BAR,
             leave=False,
-            ncols=_columns(),
+            ncols=columns(sys.stderr),
             nrows=_ROWS,
             smoothing=0,  # time left from the speed since the start
         )
@@ -97,7 +97,7 @@ class Bar(_Shown):
         bar = self._bar
         if bar is None:
             return
-        bar.total, bar.ncols = summary.tasks, _columns()
+        bar.total, bar.ncols = summary.tasks, columns(sys.stderr)
         rate = (summary.bytes_in - self._bytes_before) / max(0.001, time.monotonic() - self._began)
         bar.set_postfix_str(f"{summary.failed} failed, {size(rate)}/s", refresh=False)
         bar.update(summary.ended - bar.n)
