@@ -21,7 +21,7 @@ def recover(storage: Storage, keys: KeyIndex, records: Records, jobs: JobIndex) 
         doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and not keys.exists(p)]
     for path in doomed:
         try:
-            storage.unlink(path)
+            storage.unlink([path])
         except S4Error as e:
             log.warning("an unfinished file stays: %s", e)
     if doomed:

@@ -14,10 +14,11 @@ on one file system. Which keys exist is for the index to say.
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from s4.errors import ConflictError, MissingError, S4Error
 from s4.keys import url
@@ -102,16 +103,23 @@ class Storage:
         except OSError as e:
             raise _explained(path, e) from e
 
-    def unlink(self, path: str) -> None:
-        """Remove the file of a key, and the folders that this leaves empty. A missing file is fine."""
-        folder, name = os.path.split(path)
-        try:
-            with self._folder(folder) as fd:
-                os.unlink(name, dir_fd=fd)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            pass
-        except OSError as e:
-            raise _explained(path, e) from e
+    def unlink(self, paths: Sequence[str]) -> None:
+        """Remove the files of keys, and the folders that this leaves empty. Missing files are fine."""
+        for folder, group in itertools.groupby(map(os.path.split, paths), key=lambda parts: parts[0]):
+            names = [name for _folder, name in group]
+            try:
+                with self._folder(folder) as fd:
+                    for name in names:
+                        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                            os.unlink(name, dir_fd=fd)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as e:
+                raise _explained(os.path.join(folder, names[0]), e) from e
+            self._remove_if_empty(folder)
+
+    def _remove_if_empty(self, folder: str) -> None:
+        """Remove a folder of keys and those above it, up to the first that is not empty."""
         while folder:
             parent, name = os.path.split(folder)
             try:

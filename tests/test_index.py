@@ -192,7 +192,7 @@ def test_removing_a_prefix_removes_exactly_what_starts_with_it(
     unlinked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_keys, "REMOVE_CHUNK", 3)
-        count = index.remove_prefix(prefix, unlinked.append)
+        count = index.remove_prefix(prefix, unlinked.extend)
     gone = _starts(paths, prefix)
     assert (count, sorted(unlinked)) == (len(gone), gone)
     assert _listed(index, "") == sorted(paths - set(gone))
@@ -381,7 +381,7 @@ def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
     removed: list[str] = []
 
     def add(*keys: NewKey) -> list[str]:
-        return [type(e).__name__ for e in index.add(keys, lambda _i: None, removed.append)]
+        return [type(e).__name__ for e in index.add(keys, lambda _i: None, removed.extend)]
 
     assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"]
     assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"] and removed == []

@@ -16,6 +16,7 @@ from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
+_EXISTS = "SELECT 1 FROM keys WHERE path = ?"
 _LAST = b""  # above every path: to SQLite any blob is larger than any text
 
 
@@ -86,7 +87,7 @@ class KeyIndex:
         self,
         rows: Sequence[NewKey],
         place: Callable[[int], None],
-        unlink: Callable[[str], None],
+        unlink: Callable[[Sequence[str]], None],
         also: Callable[[Transaction, list[S4Error | None]], None] = lambda _db, _outcome: None,
     ) -> list[S4Error | None]:
         """Create keys in one transaction: the commit point of s4.
@@ -95,7 +96,7 @@ class KeyIndex:
         the commit, and may raise S4Error to refuse. A key that an earlier attempt of the same task made is
         replaced, or left as it is if its bytes are the same. `also(db, outcome)` writes more into the same
         transaction. Returns per row None or why it was refused; refused rows leave nothing. Raises S4Error
-        if nothing could be committed, after `unlink(path)` of what was placed.
+        if nothing could be committed, after `unlink(paths)` of what was placed.
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
@@ -113,9 +114,8 @@ class KeyIndex:
         except S4Error:
             placed = [row.path for row, refused in zip(rows, outcome, strict=False) if refused is None]
             with self._db.exclusive():
-                for path, found in zip(placed, self.get_all(placed), strict=True):
-                    if found is None:
-                        unlink(path)
+                found = self.get_all(placed)
+                unlink([path for path, row in zip(placed, found, strict=True) if row is None])
             raise
         return outcome
 
@@ -131,7 +131,7 @@ class KeyIndex:
             return e
         return None
 
-    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[str], None]) -> set[str]:
+    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[Sequence[str]], None]) -> set[str]:
         """Remove what earlier attempts of the same tasks made, but for the keys that are the same again,
         which are returned."""
         kept = set()
@@ -147,12 +147,12 @@ class KeyIndex:
                     self.remove(row.path, unlink)
         return kept
 
-    def remove(self, path: str, unlink: Callable[[str], None]) -> None:
-        """Remove one key. Raises MissingError. `unlink(path)` runs after the commit."""
+    def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
+        """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""
         if not self._remove(path, "SELECT path FROM keys WHERE path = ?", (path,), unlink):
             raise MissingError(f"no such key: {url(path)}")
 
-    def remove_prefix(self, prefix: str, unlink: Callable[[str], None]) -> int:
+    def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> int:
         """Remove every key that starts with `prefix`; returns how many. A last segment that is a whole
         bucket name stands for that bucket only."""
         start, end = bounds(prefix)
@@ -170,7 +170,11 @@ class KeyIndex:
                 return total
 
     def _remove(
-        self, prefix: str, select: str, parameters: tuple[object, ...], unlink: Callable[[str], None]
+        self,
+        prefix: str,
+        select: str,
+        parameters: tuple[object, ...],
+        unlink: Callable[[Sequence[str]], None],
     ) -> int:
         with self._db.write() as db:
             doomed = [path for (path,) in db.execute(select, parameters)]
@@ -180,9 +184,8 @@ class KeyIndex:
             db.executemany("DELETE FROM keys WHERE path = ?", [(path,) for path in doomed])
         # A file goes only while no row stands for it: a put of the same key may have come in between.
         with self._db.write() as db:
-            for path in doomed:
-                if db.execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is None:
-                    unlink(path)
+            back = {path for path in doomed if db.execute(_EXISTS, (path,)).fetchone() is not None}
+            unlink([path for path in doomed if path not in back])
             db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
         return len(doomed)
 
@@ -236,7 +239,7 @@ class KeyIndex:
 
     def exists(self, path: str) -> bool:
         """Whether there is such a key."""
-        return self._db.read().execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is not None
+        return self._db.read().execute(_EXISTS, (path,)).fetchone() is not None
 
     def paths(self, prefix: str) -> Iterator[str]:
         """Every path that starts with `prefix`."""
