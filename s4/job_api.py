@@ -31,6 +31,7 @@ from s4.parameters import (
 )
 
 DEFAULT_ROWS = 100_000  # of an SQL query
+BLOCK_BYTES = 64 * 1024  # of its answer that are sent together
 
 
 class Job:
@@ -201,12 +202,16 @@ def _json_row(row: Sequence[Any]) -> bytes:
 
 
 def _json_result(rows: Iterator[Sequence[Any]]) -> Iterator[bytes]:
+    block = bytearray()
     try:
-        while chunk := list(itertools.islice(rows, 500)):
-            yield b"".join(map(_json_row, chunk))
-        yield b"{}\n"
+        for row in rows:
+            block += _json_row(row)
+            if len(block) >= BLOCK_BYTES:  # not a number of rows: a value may have megabytes
+                yield bytes(block)
+                block.clear()
+        yield bytes(block + b"{}\n")
     except S4Error as e:
-        yield json.dumps({"error": str(e)}).encode() + b"\n"
+        yield bytes(block) + json.dumps({"error": str(e)}).encode() + b"\n"
 
 
 class Schema:

@@ -89,10 +89,7 @@ def show_retry(
         watch = watch_for(quiet=quiet or json)
         return _show_end(lambda: client.retry(*words, watch=watch), quiet, json)
     begun = client.retry(*words, detach=True)
-    if begun is None:
-        _say(_NOTHING_TO_RETRY)
-        return 0
-    return _show_id(begun.job, json)
+    return _show_nothing(False, json) if begun is None else _show_id(begun.job, json)
 
 
 _NOTHING_TO_RETRY = "nothing to do: every task of the job is done"
@@ -114,15 +111,21 @@ def _show_end(follow: Callable[[], JobSummary | None], quiet: bool, as_json: boo
             _print_json(_summary_json(e.summary))
         raise
     if summary is None:
-        if as_json:
-            _print_json({"state": "done", "message": _NOTHING_TO_RETRY})
-        elif not quiet:
-            _say(_NOTHING_TO_RETRY)
-    elif as_json:
+        return _show_nothing(quiet, as_json)
+    if as_json:
         _print_json(_summary_json(summary))
     elif not quiet:
         nothing = not summary.tasks and summary.outdir
         _say(f"job {summary.job}: nothing to map: no keys in {summary.indir}" if nothing else ending(summary))
+    return 0
+
+
+def _show_nothing(quiet: bool, as_json: bool) -> int:
+    """That there is nothing to retry."""
+    if as_json:
+        _print_json({"state": "done", "message": _NOTHING_TO_RETRY})
+    elif not quiet:
+        _say(_NOTHING_TO_RETRY)
     return 0
 
 
