@@ -453,3 +453,18 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
     JobIndex(database).prune(1000, 7 * 24 * 3600)
     left = {job for (job,) in database.read().execute("select id from jobs")}
     assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}
+
+
+def test_an_input_is_unfinished_until_a_task_of_it_is_done(database: Database) -> None:
+    jobs = JobIndex(database)
+    states = {
+        "first": ["done", "failed", "cancelled", "cancelled"],
+        "second": ["failed", "failed", "done", "skipped"],
+        "elsewhere": ["failed", "done", "done", "done"],
+    }
+    for job, found in states.items():
+        jobs.begin(
+            JobRow(job, "map-to-n", "s4://b/in/", "s4://b/x/" if job == "elsewhere" else "s4://b/out/", "c")
+        )
+        jobs.add_tasks(job, [NewTask(i, f"b/in/{i}", 1, 0, state) for i, state in enumerate(found)])
+    assert jobs.unfinished_inputs("map-to-n", "s4://b/out/") == {"b/in/1", "b/in/3"}

@@ -304,15 +304,14 @@ class JobIndex:
         return dict(zip([column[0] for column in cursor.description], row, strict=True))
 
     def unfinished_inputs(self, kind: str, outdir: str) -> set[str]:
-        """Inputs of earlier jobs into the same folder whose last record says that they did not end well."""
-        state_of: dict[str, str] = {}
+        """Inputs of earlier jobs into the same folder of which none is known to have ended well."""
         rows = self._db.read().execute(
-            "SELECT input, tasks.state FROM jobs JOIN tasks ON job = id"
-            " WHERE kind = ? AND outdir = ? AND attempt > 0 ORDER BY jobs.started_s",
+            "SELECT input FROM jobs JOIN tasks ON job = id"
+            " WHERE kind = ? AND outdir = ? AND tasks.state != 'skipped'"
+            " GROUP BY input HAVING total(tasks.state = 'done') = 0",
             (kind, outdir),
         )
-        state_of.update(rows)
-        return {path for path, state in state_of.items() if state != DONE}
+        return {path for (path,) in rows}
 
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
         """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough."""
