@@ -592,10 +592,14 @@ def test_the_log_of_a_job_has_the_columns_of_parallel(cluster: Cluster, bucket: 
 def test_the_log_has_tasks_that_never_ran(cluster: Cluster, bucket: str) -> None:
     _put_numbers(cluster, f"{bucket}/in/", range(60))
     job = _detached(cluster, "map", f"{bucket}/in/", f"{bucket}/out/", "sleep 60")
-    eventually(lambda: all(_share(node, job)["running"] for node in cluster.nodes))
-    states = {line.split("\t")[10] for line in cluster.s4("joblog", job).lines[1:]}
-    assert states == {"running", "waiting"}
-    cluster.s4("cancel", job)
+
+    def states() -> set[str]:
+        return {line.split("\t")[10] for line in cluster.s4("joblog", job).lines[1:]}
+
+    try:
+        eventually(lambda: states() == {"running", "waiting"})
+    finally:
+        cluster.s4("cancel", job)
     rows = [line.split("\t") for line in cluster.s4("joblog", job).lines[1:]]
     assert len(rows) == 60 and {row[10] for row in rows} == {"cancelled"}
     assert {row[2] for row in rows if row[11] == "0"} == {"0.000"}
