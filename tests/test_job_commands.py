@@ -187,7 +187,7 @@ def test_ctrl_c_on_a_terminal_cancels_and_says_so_below_no_bar(
         cluster, "map", indir, f"{bucket}/out/", "sleep 983", press="\x03", when=runs
     )
     assert code == 130
-    lines = [line.removeprefix("^C") for line in _screen(drawn)]
+    lines = [line.replace("^C", "").rstrip() for line in _screen(drawn)]
     job = _newest(cluster)
     said = [f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)"]
     assert lines[-3:] == [*said, f"fatal: interrupted: job {job} is cancelled", ""], drawn
