@@ -60,9 +60,14 @@ def _as_json(result: Result) -> Iterator[str]:
         return
     yield "["
     for i, row in enumerate(result.rows):
-        values = [_text(value) if isinstance(value, bytes) else value for value in row]
+        values = [_text(value) if isinstance(value, bytes) or _is_infinite(value) else value for value in row]
         yield json.dumps(dict(zip(names, values, strict=True))) + ("," if i + 1 < len(result.rows) else "")
     yield "]"
+
+
+def _is_infinite(value: Value) -> bool:
+    """Whether JSON has no such number."""
+    return isinstance(value, float) and abs(value) == float("inf")
 
 
 def _text(value: Value) -> str:
