@@ -146,20 +146,20 @@ def test_a_node_stopped_by_sigterm_leaves_its_share_interrupted(three: Cluster) 
 
 def test_a_killed_worker_costs_one_attempt(three: Cluster) -> None:
     three.put("s4://b/in/000", b"x")
-    command = 'if [ "$S4_ATTEMPT" = 1 ]; then sleep 983; fi; cat; echo "$S4_ATTEMPT"'
+    command = 'if [ "$S4_ATTEMPT" = 1 ]; then sleep 979; fi; cat; echo "$S4_ATTEMPT"'
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, "--retries", "1")
-    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00983"), 20)
+    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00979"), 20)
     os.kill(three.nodes[0].worker_of(sleeping.pid), signal.SIGKILL)
     _out, err = client.communicate(timeout=30)
     assert client.returncode == 0, err
     assert three.get("s4://b/out/000") == b"x2\n"
     assert three.nodes[0].rows("select attempt, state from tasks") == [(2, "done")]
-    client = three.start_s4("map", "s4://b/in/", "s4://b/out2/", "sleep 983")
-    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00983"), 20)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out2/", "sleep 979")
+    [sleeping] = eventually(lambda: _running_on(three.nodes[0], "sleep\x00979"), 20)
     os.kill(three.nodes[0].worker_of(sleeping.pid), signal.SIGKILL)
     _out, err = client.communicate(timeout=30)
     assert client.returncode == 1 and "worker process" in err.decode() and "signal 9" in err.decode()
-    eventually(lambda: not procs.running("sleep\x00983"), 5)
+    eventually(lambda: not procs.running("sleep\x00979"), 5)
 
 
 def test_a_job_outlives_its_client_and_wait_picks_it_up(three: Cluster) -> None:
