@@ -24,7 +24,7 @@ help:
 	@echo 'make demo KEEP=1  the same, and the cluster stays up'
 	@echo 'make test         the tests'
 	@echo 'make check        lint, format and types'
-	@echo 'make bench        how s4 grows, 25 minutes; ARGS=--quick: 3 minutes'
+	@echo 'make bench        how s4 grows, 10 minutes; ARGS=--quick: 3 minutes'
 	@echo 'make clean        remove everything that make has made'
 
 demo: $(READY)
