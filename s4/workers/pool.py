@@ -256,7 +256,10 @@ class Pool:
             try:
                 if self._watch():
                     return
-            except Exception:  # such as no memory for another process: the pool must live on
+            except OSError as e:  # no memory for another process, or the fork server is just gone
+                log.error("no worker process could be started, it is tried again: %s", e)
+                time.sleep(PAUSE_SECONDS)
+            except Exception:  # the pool must live on
                 log.exception("the pool stumbled; it goes on")
                 time.sleep(PAUSE_SECONDS)
 
