@@ -256,9 +256,10 @@ def _prepare_environment(conf: Conf, own: Server) -> None:
     if os.path.exists(conf.source):  # not the built-in default
         os.environ[CONF_ENVIRONMENT] = os.path.abspath(conf.source)
     path = os.environ.get("PATH", os.defpath)
-    own_folder = os.path.dirname(os.path.abspath(sys.argv[0]))
-    if shutil.which("s4", path=path) is None and shutil.which("s4", path=own_folder) is not None:
-        os.environ["PATH"] = f"{path}:{own_folder}"
+    for program in (sys.argv[0], sys.executable):  # of a node of `local`, argv[0] is this file
+        folder = os.path.dirname(os.path.abspath(program))
+        if shutil.which("s4", path=path) is None and shutil.which("s4", path=folder) is not None:
+            path = os.environ["PATH"] = f"{path}:{folder}"
 
 
 def _start_log() -> None:

@@ -207,10 +207,12 @@ def test_a_request_cannot_forge_a_line_of_the_log(alone: Cluster) -> None:
 class Local:
     """`s4-server local`, and what it has said."""
 
-    def __init__(self, cluster: Cluster, folder: Path, nodes: int = 2) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, nodes: int = 2, env: dict[str, str] | None = None
+    ) -> None:
         self.cluster, self.folder = cluster, folder
         self.process = cluster.start_s4(
-            "local", "--nodes", str(nodes), "--dir", str(folder), program=[SERVER]
+            "local", "--nodes", str(nodes), "--dir", str(folder), program=[SERVER], env=env
         )
         assert self.process.stdout is not None
         lines = iter(self.process.stdout.readline, b"")
@@ -259,6 +261,14 @@ def test_local_runs_nodes_until_it_is_stopped_and_keeps_their_data(alone: Cluste
 
     code, _out, err = _server(alone, "local", "--nodes", "3", "--dir", str(place))
     assert code == 1 and err.startswith("fatal: ") and "2 nodes, not 3" in err
+
+
+def test_commands_on_local_nodes_find_s4(alone: Cluster, folder: Path) -> None:
+    local = Local(alone, folder / "try", env={"PATH": "/usr/bin:/bin"})
+    alone.s4("cp", "-", "s4://b/000", data=b"", env=local.env)
+    said = alone.s4("eval", "s4://b/000", "s4 ls -r s4://b/", env=local.env).lines
+    assert len(said) == 1 and said[0].endswith(" 000")
+    assert local.stop(signal.SIGINT) == 0
 
 
 def test_local_reports_a_node_that_dies_and_stops_the_others(alone: Cluster, folder: Path) -> None:
