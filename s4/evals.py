@@ -170,11 +170,13 @@ class Evals:
         ticket = self._running.get(job_id)
         if ticket is not None:
             self._parts.pool.cancel(ticket, CancelledError(f"job {job_id} was cancelled"))
-            with contextlib.suppress(S4Error, TimeoutError):
-                ticket.result(STOP_SECONDS)
+            self._wait_until(lambda: job_id not in self._running)
 
     def wait(self) -> None:
         """Give evals that were ended a moment to write their records."""
+        self._wait_until(lambda: not self._running)
+
+    def _wait_until(self, over: Callable[[], bool]) -> None:
         deadline = time.monotonic() + STOP_SECONDS
-        while self._running and time.monotonic() < deadline:
+        while not over() and time.monotonic() < deadline:
             time.sleep(0.01)

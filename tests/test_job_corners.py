@@ -1,6 +1,7 @@
 """Corners of eval and jobs: shell characters in keys, odd commands and outputs, bad requests, leftovers."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 from cluster import Cluster
@@ -105,3 +106,30 @@ def test_nothing_temporary_is_left_after_successes_and_failures(cluster: Cluster
             cluster.run(job, f"{bucket}/in/", f"{bucket}/out{i}/", command)
     for node in cluster.nodes:
         node.check()
+
+
+def test_a_command_that_puts_a_link_in_the_place_of_its_folder_harms_nothing(
+    cluster: Cluster, bucket: str
+) -> None:
+    precious = cluster.work / f"precious-{bucket[5:]}"
+    precious.mkdir()
+    (precious / "file").write_text("stays")
+    cluster.put_all({f"{bucket}/in/{i:03}": b"" for i in range(12)})
+    command = f'here=$PWD; cd ..; rmdir "$here"; ln -s {precious} "$here"'
+    cluster.s4("map", f"{bucket}/in/", f"{bucket}/out/", command)
+    assert (precious / "file").read_text() == "stays"
+    cluster.s4("map", f"{bucket}/in/", f"{bucket}/again/", '[ -z "$(ls -A)" ] && pwd -P && touch left')
+    assert not [path for path in precious.iterdir() if path.name != "file"]
+
+
+@pytest.mark.parametrize("kind", ["map", "map-to-n", "map-from-n"])
+def test_a_command_that_closes_its_standard_files_spoils_none_for_the_next(
+    start_cluster: Callable[..., Cluster], kind: str
+) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(4)})
+    command = 'echo noise >&2; echo x > file; chmod 0 /dev/stderr'
+    if kind != "map":
+        command += '; rm -f "$(readlink /proc/$BASHPID/fd/2)"'
+    cluster.s4(kind, "s4://b/in/", "s4://b/out/", command)
+    cluster.s4(kind, "s4://b/in/", "s4://b/again/", "xargs -r cat; ls")

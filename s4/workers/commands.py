@@ -28,6 +28,7 @@ class Commands:
         elif task.collect == "eval":
             stderr = task.work + ".err"
         made: list[str] = []
+        self._scratch.renew()
         self._give_folder(task.folder)
         try:
             if stdin is None:
@@ -67,9 +68,10 @@ class Commands:
     def _take_folder(self, folder: str) -> None:
         """Empty the folder of a command and keep it for the next; one that was tampered with goes."""
         try:
-            for name in os.listdir(folder):
-                remove_tree(os.path.join(folder, name))
-            if stat.S_IMODE(os.stat(folder).st_mode) == _FOLDER_MODE:
+            # Looked at first: what a command put in its place, such as a link, must not be followed.
+            if os.lstat(folder).st_mode == stat.S_IFDIR | _FOLDER_MODE:
+                for name in os.listdir(folder):
+                    remove_tree(os.path.join(folder, name))
                 os.rename(folder, self._scratch.folder)
                 return
         except OSError:
@@ -78,7 +80,11 @@ class Commands:
 
     def _read_stderr(self, path: str) -> bytes:
         """What a command wrote; the file is empty for the next one."""
-        tail = read_tail(path)
+        try:
+            tail = read_tail(path)
+        except PermissionError:  # the command has closed it to itself and to us
+            os.chmod(path, 0o600)
+            tail = read_tail(path)
         if tail and path == self._scratch.stderr:
             os.truncate(path, 0)
         return tail

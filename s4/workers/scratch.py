@@ -6,6 +6,9 @@ inode that was freed of late before it gives out a new one.
 
 import contextlib
 import os
+import stat
+
+from s4.storage import remove_tree
 
 TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
 
@@ -19,6 +22,14 @@ class Scratch:
         self.stdin = os.path.join(folder, f"worker-{pid}.in")  # the paths that a map-from-n reads
         self.folder = os.path.join(folder, f"worker-{pid}.dir")  # empty, for the next command
         self.listing = os.path.join(folder, f"worker-{pid}.out")  # the paths that a map-to-n prints
+
+    def renew(self) -> None:
+        """Remove what the command before has made useless for the next, such as by `chmod 0 /dev/stderr`."""
+        for path in (self.stderr, self.listing, self.stdin):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) or mode & 0o600 != 0o600:
+                    remove_tree(path)
 
     def remove(self) -> None:
         """Remove them, when the worker is gone."""
