@@ -85,7 +85,7 @@ class Inputs:
     def exists(self, path: str) -> bool:
         """Whether the output for an input exists already.
 
-        Of a shuffle: whether any node has outputs for it, unless an attempt that ended badly left them.
+        Of a shuffle: whether any node has outputs for it, unless attempts are known of which none ended well.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))

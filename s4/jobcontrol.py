@@ -43,7 +43,6 @@ TYPE_CHECKING = False  # what only annotations need is not imported: typing take
 if TYPE_CHECKING:
     from s4.client import Client
 
-KINDS = ("map", "map-to-n", "map-from-n")
 MAX_TIMEOUT = 366 * 86400.0
 MAX_RETRIES = 1000
 MAX_LIMIT = 1_000_000
