@@ -128,7 +128,7 @@ def test_a_command_that_closes_its_standard_files_spoils_none_for_the_next(
 ) -> None:
     cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
     cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(4)})
-    command = 'echo noise >&2; echo x > file; chmod 0 /dev/stderr'
+    command = "echo noise >&2; echo x > file; chmod 0 /dev/stderr"
     if kind != "map":
         command += '; rm -f "$(readlink /proc/$BASHPID/fd/2)"'
     cluster.s4(kind, "s4://b/in/", "s4://b/out/", command)
