@@ -34,6 +34,7 @@ STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with th
 SPARE_THREADS = 8  # of waitress, beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 SEND_BUFFER = 128 * 1024
+OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
 
 log = logging.getLogger("s4.server")
 
@@ -190,6 +191,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except OSError as e:
         node.stop()
         raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
+    server.channel_class = _channel_class()
     # Connections inherit it. waitress sends blocks as large as this, by default megabytes for each reader.
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
@@ -201,6 +203,28 @@ def _serve(arguments: argparse.Namespace) -> None:
     while not stopping.asked:
         wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)
     _stop(node, server, sockets)
+
+
+def _channel_class() -> type:
+    """waitress's channel, but that what it has sent of a long answer does not stay in memory.
+
+    waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader keeps up,
+    that is memory, so the buffer is changed for a new one every few megabytes. When a reader does not, it is a file.
+    """
+    from waitress.buffers import OverflowableBuffer
+    from waitress.channel import HTTPChannel
+
+    class Channel(HTTPChannel):  # type: ignore[misc]
+        current_outbuf_count: int
+
+        def write_soon(self, data: Any) -> Any:
+            with self.outbuf_lock:
+                if self.current_outbuf_count >= OUTPUT_BUFFER and not self.outbufs[-1].overflowed:
+                    self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+                    self.current_outbuf_count = 0
+            return super().write_soon(data)
+
+    return Channel
 
 
 def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:

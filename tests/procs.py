@@ -118,8 +118,12 @@ def kill(pid: int) -> None:
 
 
 def peak_megabytes(pid: int) -> float:
-    """The most memory that a process ever had; 0 if it is gone."""
+    """The most memory that a process ever had, or since `forget_peak`; 0 if it is gone."""
     return _kilobytes(pid, "status", "VmHWM:") / 1024
+
+
+def forget_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def proportional_megabytes(pid: int) -> float:

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from cluster import Cluster, Node
-from procs import eventually, peak_megabytes
+from procs import eventually, forget_peak, peak_megabytes
 from reference import owner_of
 
 KEYS = [
@@ -236,6 +236,16 @@ def test_a_million_keys_stream_through_node_and_client_in_bounded_memory(million
     assert process.wait(20) == 0
     assert lines == 1_000_000 and last.split()[-1] == b"999/999"
     assert 0 < client < 150 and peak_megabytes(million.pid) < 150, (client, peak_megabytes(million.pid))
+
+
+def test_a_reader_who_keeps_up_with_a_listing_costs_the_node_no_memory(million: Node) -> None:
+    forget_peak(million.pid)
+    before, size = peak_megabytes(million.pid), 0
+    with socket.create_connection((million.host, million.port), timeout=10) as eager:
+        eager.sendall(b"GET /list?prefix=s4://b&recursive=true HTTP/1.0\r\n\r\n")
+        while data := eager.recv(1 << 20):
+            size += len(data)
+    assert size > 30_000_000 and peak_megabytes(million.pid) - before < 20
 
 
 def test_a_reader_who_stops_reading_a_listing_holds_nobody_up(million: Node) -> None:
