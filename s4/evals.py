@@ -14,7 +14,6 @@ from s4.keys import name_of, url
 from s4.shares import Parts, exit_text, signal_of
 from s4.transfers import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
-from s4.workers.scratch import read_tail
 from s4.workers.tasks import Command, Ran
 
 LOOK_SECONDS = 0.5  # how often to see whether the caller is still there
@@ -86,7 +85,7 @@ class Evals:
                 parts.pool.cancel(ticket, S4Error("the eval failed"))
                 with contextlib.suppress(S4Error):
                     ticket.result()
-                self._record_failure(job, task, ticket, work, e)
+                self._record_failure(job, task, ticket, e)
                 parts.storage.discard(job_id)
                 raise
             finally:
@@ -103,9 +102,7 @@ class Evals:
         self._parts.jobs.add_tasks(job.id, [task])
         self._parts.jobs.listed(job.id, Counts(tasks=1))
 
-    def _record_failure(
-        self, job: JobRow, task: NewTask, ticket: Ticket, work: str, error: BaseException
-    ) -> None:
+    def _record_failure(self, job: JobRow, task: NewTask, ticket: Ticket, error: BaseException) -> None:
         state, shown = FAILED, str(error)
         if isinstance(error, CancelledError):
             state = CANCELLED
@@ -113,9 +110,8 @@ class Evals:
             state, shown = INTERRUPTED, STOPPED
         change = TaskChange(task.task, FAILED if state == FAILED else CANCELLED, 1, error=shown)
         if ticket.began_s:
-            stderr = read_tail(self._parts.storage.temporary_file(work) + ".err")
             change = change._replace(
-                pid=ticket.pid, started_s=ticket.started_s, seconds=ticket.seconds, stderr=stderr
+                pid=ticket.pid, started_s=ticket.started_s, seconds=ticket.seconds, stderr=ticket.stderr
             )
         self._end(job, change, state, shown)
 

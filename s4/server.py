@@ -208,8 +208,9 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _channel_class() -> type:
     """waitress's channel, but that what it has sent of a long answer does not stay in memory.
 
-    waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader keeps up,
-    that is memory, so the buffer is changed for a new one every few megabytes. When a reader does not, it is a file.
+    waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader
+    keeps up, that is memory, so the buffer is changed for a new one every few megabytes. When a reader does
+    not, it is a file.
     """
     from waitress.buffers import OverflowableBuffer
     from waitress.channel import HTTPChannel

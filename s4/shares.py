@@ -302,6 +302,7 @@ class Share:
         failed: list[tuple[_Attempt, str, S4Error | None]] = []
         for ticket in tickets:
             if ticket in self._outbox:
+                self._recorded = 0.0  # tasks may be done by this, which a crash should not undo
                 for attempt, error in self._outbox.arrived(ticket, self._parts.server):
                     if error is None:
                         self._stored(attempt)

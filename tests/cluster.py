@@ -272,9 +272,9 @@ class Node:
         return self.data / key.removeprefix("s4://")
 
     def temporary(self) -> list[Path]:
-        """What arrives or is being made, apart from the workers' own files."""
-        found = [path for name in ("_tempfiles", "_tempdirs") for path in (self.data / name).glob("*")]
-        return [path for path in found if not path.name.startswith("worker-")]
+        """What arrives or is being made and is not yet a key, and the folders of commands that run."""
+        places = ("_tempfiles/*", "_tempdirs/*", "_run/*/arriving", "_run/*/stdout")
+        return [path for place in places for path in self.data.glob(place)]
 
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Ask the index, as somebody with sqlite3 would."""

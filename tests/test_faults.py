@@ -225,22 +225,22 @@ def test_the_death_of_a_worker_fails_its_one_command_clearly(start_cluster: Star
 def test_the_death_of_a_worker_costs_no_other_transfer(start_cluster: Start) -> None:
     cluster, node = _alone(start_cluster)
     uuids = {}
+
+    def holder() -> int:
+        for worker in node.workers():
+            with contextlib.suppress(OSError):
+                links = [os.readlink(path) for path in Path(f"/proc/{worker.pid}/fd").iterdir()]
+                if any(link.endswith("/arriving") for link in links):
+                    return worker.pid
+        return 0
+
     with contextlib.ExitStack() as stack:
+        killed = 0
         for name in ("doomed", "other"):
             uuid, port = node.prepare_put(f"s4://b/{name}")
             uuids[name] = uuid, stack.enter_context(node.dial(port))
             uuids[name][1].sendall(b"some")
-
-        def holder() -> int:
-            uuid = uuids["doomed"][0]
-            for worker in node.workers():
-                with contextlib.suppress(OSError):
-                    links = [os.readlink(path) for path in Path(f"/proc/{worker.pid}/fd").iterdir()]
-                    if any(f"/{uuid}" in link for link in links):
-                        return worker.pid
-            return 0
-
-        killed = eventually(holder, 5, "a worker writes it")
+            killed = killed or eventually(holder, 5, "a worker writes it")
         os.kill(killed, signal.SIGKILL)
         answer = eventually(
             lambda: (got := node.confirm_put(uuids["doomed"][0], b"some")).status != 429 and got, 5

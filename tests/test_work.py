@@ -3,6 +3,7 @@
 Start-up is most of a short command, and imports are most of the start.
 """
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -157,6 +158,23 @@ def test_commands_share_a_few_shells(three: Cluster) -> None:
     for position, node in enumerate(three.nodes):
         shells = {three.get(f"s4://b/shells/{i:03}") for i in range(position, 90, 3)}
         assert len(shells) <= 4, f"{node}: a new bash for each command costs three times as much"
+
+
+def test_new_files_are_made_where_few_were_removed(three: Cluster) -> None:
+    key = "s4://apart/folder/000"
+    three.put(key)
+    node = three.owner(key)
+    run = node.data / "_run"
+    made = three.s4("eval", key, "readlink /proc/self/fd/1").lines
+    assert Path(made[0]).parent.parent == run and Path(made[0]).parent.name.startswith("worker-")
+    if not shutil.which("lsattr") or not _output("stat", "-f", "-c", "%T", run).startswith("ext"):
+        pytest.skip("only ext4 has the attribute T")
+    for folder in (run, node.data / "apart"):
+        assert "T" in _output("lsattr", "-d", folder).split()[0], folder
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _transactions(database: Database, action: Callable[[], object]) -> int:

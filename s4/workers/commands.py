@@ -22,48 +22,45 @@ class Commands:
 
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files beside its folder."""
-        stdin, stdout, stderr = task.stdin, task.work + ".out", self._scratch.stderr
-        if task.collect == "paths":
-            stdout = self._scratch.listing
-        elif task.collect == "eval":
-            stderr = task.work + ".err"
-        made: list[str] = []
-        self._scratch.renew()
+        scratch = self._scratch
+        stdin, stdout = task.stdin, scratch.listing if task.collect == "paths" else scratch.stdout
+        scratch.renew()
         self._give_folder(task.folder)
         try:
             if stdin is None:
-                stdin = self._scratch.stdin
+                stdin = scratch.stdin
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
             exitcode, usage = self._shell.run(
-                task.command, task.folder, stdin, stdout, stderr, task.environment
+                task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
             )
             outputs: list[StoredFile] = []
-            problem = ""
             errors: StoredFile | None = None
-            tail = self._read_stderr(stderr)
+            problem = ""
+            tail = self._read_stderr()
             if task.collect == "eval":
-                outputs, errors = [self._finished(stdout)], self._finished(stderr)
+                outputs = [_finished(stdout, task.work + ".out")]
+                errors = _finished(scratch.stderr, task.work + ".err")
             elif exitcode == 0 and task.collect == "stdout":
-                outputs = [self._finished(stdout)]
+                outputs = [_finished(stdout, task.work + ".out")]
             elif exitcode == 0:
-                files, problem = _named_files(stdout, task.folder, task.work)
-                outputs = [self._finished(path, name) for name, path in files]
-            elif task.collect == "stdout":
-                made.append(stdout)
+                files, problem = _named_files(stdout, task.folder)
+                outputs = [
+                    _finished(path, f"{task.work}.{i}", name) for i, (name, path) in enumerate(files.items())
+                ]
+            if tail and errors is None:
+                os.truncate(scratch.stderr, 0)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
             self._take_folder(task.folder)
-            for path in made:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch.stdout)
 
     def _give_folder(self, folder: str) -> None:
-        """Make the empty folder of a command, of the one before if there is one."""
-        try:
-            os.rename(self._scratch.folder, folder)
-        except FileNotFoundError:
-            os.mkdir(folder, _FOLDER_MODE)
+        """Give a command its empty folder, that of the one before if there is one."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._scratch.folder, _FOLDER_MODE)
+        os.rename(self._scratch.folder, folder)
 
     def _take_folder(self, folder: str) -> None:
         """Empty the folder of a command and keep it for the next; one that was tampered with goes."""
@@ -78,63 +75,59 @@ class Commands:
             pass
         remove_tree(folder)
 
-    def _read_stderr(self, path: str) -> bytes:
-        """What a command wrote; the file is empty for the next one."""
+    def _read_stderr(self) -> bytes:
+        """The end of what a command wrote."""
+        path = self._scratch.stderr
         try:
-            tail = read_tail(path)
+            return read_tail(path)
         except PermissionError:  # the command has closed it to itself and to us
             os.chmod(path, 0o600)
-            tail = read_tail(path)
-        if tail and path == self._scratch.stderr:
-            os.truncate(path, 0)
-        return tail
-
-    def _finished(self, path: str, name: str = "") -> StoredFile:
-        """Make an output immutable: no writer, mode 0444, and its checksum known."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except PermissionError:
-            if os.path.islink(path):
-                raise
-            os.chmod(path, 0o444)
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fchmod(fd, 0o444)
-            size, checksum = checksum_of(fd)
-        finally:
-            os.close(fd)
-        return StoredFile(path, size, checksum, name)
+            return read_tail(path)
 
 
-def _named_files(listing: str, folder: str, work: str) -> tuple[list[tuple[str, str]], str]:
-    """(name, path) of the files that a command printed, moved out of its folder; or what is wrong."""
+def _finished(made: str, target: str, name: str = "") -> StoredFile:
+    """Make an output immutable, with no writer, mode 0444 and its checksum known, and move it to `target`."""
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except PermissionError:
+        if os.path.islink(made):
+            raise
+        os.chmod(made, 0o444)
+        fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o444)
+        size, checksum = checksum_of(fd)
+    finally:
+        os.close(fd)
+    os.rename(made, target)
+    return StoredFile(target, size, checksum, name)
+
+
+def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
+    """The files that a command printed, path by name; or what is wrong."""
     with open(listing, "rb") as f:
         printed = [line for line in f.read().split(b"\n") if line.strip()]
     top = os.path.realpath(folder)
     found: dict[str, str] = {}
+    paths: set[str] = set()
     for raw in printed:
         text = os.fsdecode(raw)
         if "\0" in text:
-            return [], f"it printed {text!r}, which is no path"
+            return {}, f"it printed {text!r}, which is no path"
         path = os.path.realpath(os.path.join(top, text))
         name = os.path.basename(os.path.normpath(text))
         if os.path.commonpath([top, path]) != top:
-            return [], f"it printed {text!r}, which leaves its folder"
+            return {}, f"it printed {text!r}, which leaves its folder"
         try:
             mode = os.stat(path).st_mode
         except OSError as e:
-            return [], f"it printed {text!r}: {e.strerror}"
+            return {}, f"it printed {text!r}: {e.strerror}"
         if not stat.S_ISREG(mode):
-            return [], f"it printed {text!r}, which is not a file"
+            return {}, f"it printed {text!r}, which is not a file"
         if name in found:
-            return [], f"it printed {text!r}, but a file of that name was printed before"
+            return {}, f"it printed {text!r}, but a file of that name was printed before"
+        if path in paths:  # by a symbolic link
+            return {}, f"it printed {text!r}, which is another name of a file that it printed before"
         found[name] = path
-    outputs = []
-    for i, (name, path) in enumerate(found.items()):
-        target = f"{work}.{i}"
-        try:
-            os.rename(path, target)
-        except FileNotFoundError:  # a second name of the same file, by a symbolic link
-            return [], f"it printed {name!r}, which is another name of a file that it printed before"
-        outputs.append((name, target))
-    return outputs, ""
+        paths.add(path)
+    return found, ""

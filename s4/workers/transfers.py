@@ -19,16 +19,16 @@ from s4.streams import (
 from s4.workers.tasks import Checksum, Checksums, Failure, Push, Pushed, Receive, Received, Send, StoredFile
 
 
-def receive(task: Receive, fds: list[int]) -> Received:
-    """See tasks.Receive. Files of a transfer that fails are removed."""
+def receive(task: Receive, fds: list[int], arriving: str) -> Received:
+    """See tasks.Receive. A file begins at the path `arriving`. Files of a transfer that fails are removed."""
     made: list[str] = []
     files: list[StoredFile] = []
     try:
         with _accept(fds[0], task.peer) as sock:
             incoming = Incoming(sock)
             for file, size in zip(task.files, task.sizes, strict=True):
-                fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                made.append(file)
+                fd = os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                made.append(arriving)
                 try:
                     arrived, checksum = incoming.copy(fd, size, reserve=True)
                     if size is not None and arrived != size:
@@ -36,6 +36,8 @@ def receive(task: Receive, fds: list[int]) -> Received:
                     os.fchmod(fd, 0o444)
                 finally:
                     os.close(fd)
+                os.rename(arriving, file)
+                made[-1] = file
                 files.append(StoredFile(file, arrived, checksum))
     except BaseException:
         for file in made:

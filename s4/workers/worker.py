@@ -29,7 +29,9 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
         _keep_from_commands(int(name))
     processes.become_subreaper()
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
-    commands = Commands(Scratch(scratch, os.getpid()))
+    files = Scratch(scratch, os.getpid())
+    files.make()
+    commands = Commands(files)
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
     while True:
         try:
@@ -41,7 +43,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
             break
         answer: Result
         try:
-            answer = _perform(task, fds, commands)
+            answer = _perform(task, fds, files, commands)
         except S4Error as e:
             answer = Failure(type(e).__name__, str(e))
         except OSError as e:
@@ -60,12 +62,12 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
     processes.kill_children(lambda _pid, _session: True)
 
 
-def _perform(task: Task, fds: list[int], commands: Commands) -> Result:
+def _perform(task: Task, fds: list[int], files: Scratch, commands: Commands) -> Result:
     match task:
         case Command():
             return commands.run(task)
         case Receive():
-            return transfers.receive(task, fds)
+            return transfers.receive(task, fds, files.arriving)
         case Send():
             transfers.send(task, fds)
             return None
