@@ -65,6 +65,7 @@ class Outbox(Generic[T]):
         self, conf: Conf, pool: Pool, job: str, timeout: float, on_done: Callable[[Ticket], None]
     ) -> None:
         self._conf = conf
+        self._fingerprint = conf.fingerprint
         self._pool = pool
         self._job = job
         self._timeout = timeout
@@ -117,7 +118,7 @@ class Outbox(Generic[T]):
             ):
                 batch = gathered.take()
                 entries = [(path, file, task) for path, file, task, _sender in batch]
-                push = Push(server, self._conf.fingerprint, self._job, entries, self._timeout)
+                push = Push(server, self._fingerprint, self._job, entries, self._timeout)
                 ticket = Ticket(Kind.SEND, push, on_done=self._on_done, group=self._job)
                 self._pushes[ticket] = (server, batch)
                 self._pool.submit(ticket)
