@@ -55,39 +55,60 @@ def has_children_besides(pid: int) -> bool:
     """Whether this process has children, zombies among them, other than `pid`; asked by its main thread."""
     own = os.getpid()
     try:
-        with open(f"/proc/{own}/task/{own}/children", "rb", buffering=0) as f:
-            return any(int(child) != pid for child in f.read().split())
+        return any(int(child) != pid for child in _contents(f"/proc/{own}/task/{own}/children").split())
     except OSError:  # a kernel without this file
         return any(child != pid for child, _session in children())
 
 
 def memory_below(pid: int) -> int:
-    """The most memory, in bytes, that the living processes below a process have had resident, added up.
+    """The most memory, in bytes, that the living processes below a process of one thread have had resident,
+    added up.
 
     Pages that they share count for each of them.
     """
     total = 0
-    pending = [pid]
+    pending = _children_of(pid, 1)
     while pending:
-        parent = pending.pop()
-        try:
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{thread}/children", "rb", buffering=0) as f:
-                    pending += map(int, f.read().split())
-        except OSError:  # gone meanwhile, or a kernel without these files
-            continue
-        if parent != pid:
-            total += memory_of(parent)
+        child = pending.pop()
+        memory, threads = _status(child)
+        total += memory
+        pending += _children_of(child, threads)
     return total
 
 
 def memory_of(pid: int) -> int:
     """The most memory, in bytes, that a process has had resident; 0 if it is gone."""
+    return _status(pid)[0]
+
+
+def _children_of(pid: int, threads: int) -> list[int]:
+    """The children of a process, none if it is gone or the kernel does not tell."""
+    found: list[int] = []
     try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as f:
-            return 1024 * int(f.read().partition(b"VmHWM:")[2].split(None, 1)[0])
-    except (OSError, IndexError):  # a zombie has none
-        return 0
+        # Most have one thread, and to list the folder costs as much as all the rest.
+        for thread in os.listdir(f"/proc/{pid}/task") if threads > 1 else [pid]:
+            found += map(int, _contents(f"/proc/{pid}/task/{thread}/children").split())
+    except OSError:
+        pass
+    return found
+
+
+def _status(pid: int) -> tuple[int, int]:
+    """The most memory that a process has had resident, in bytes, and how many threads it has: proc(5)."""
+    try:
+        status = _contents(f"/proc/{pid}/status")
+    except OSError:  # it is gone
+        return 0, 1
+    memory = status.partition(b"VmHWM:")[2].split(None, 1)  # a zombie has none
+    return 1024 * int(memory[0]) if memory else 0, int(status.partition(b"Threads:")[2].split(None, 1)[0])
+
+
+def _contents(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 65536)
+    finally:
+        os.close(fd)
 
 
 def kill_children(chosen: Callable[[int, int], bool]) -> None:

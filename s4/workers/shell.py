@@ -45,13 +45,15 @@ while read -r; do
 done 2>/dev/null
 """
 _TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in /proc, a second
-_SAMPLE_SECONDS = 0.01  # how often memory is looked at,
-_SAMPLE_SHARE = 0.01  # or after so much of the time that the command has run
+# How often memory is looked at: after a quarter of the time that the command has run. A look costs 0.1 to 0.3
+# ms, and many commands may run at once.
+_SAMPLE_SHARE = 0.25
+_SAMPLE_SECONDS = 0.01, 1.0  # but not sooner or later
 
 
 class Usage(NamedTuple):
     """What a command and its children used: CPU time in seconds, to the hundredth, and the most memory in
-    bytes (processes.memory_below, looked at every 10 ms or hundredth of its time)."""
+    bytes (processes.memory_below, looked at now and then)."""
 
     cpu_seconds: float
     peak_memory: int
@@ -96,11 +98,12 @@ class Shell:
 
     def _answer(self) -> tuple[bytes, int]:
         """What the loop says at the end of a command, nothing if the shell is gone; and the memory seen."""
-        peak, pause = 0, _SAMPLE_SECONDS
+        soonest, latest = _SAMPLE_SECONDS
+        peak, pause = 0, soonest
         began = time.monotonic()
         while not self._ready.poll(1000 * pause):
             peak = max(peak, processes.memory_below(self._process.pid))
-            pause = max(_SAMPLE_SECONDS, _SAMPLE_SHARE * (time.monotonic() - began))
+            pause = min(max(soonest, _SAMPLE_SHARE * (time.monotonic() - began)), latest)
         return os.read(self._status, 16), peak
 
     def _cpu_since(self) -> float:
