@@ -133,3 +133,15 @@ def test_a_command_that_closes_its_standard_files_spoils_none_for_the_next(
         command += '; rm -f "$(readlink /proc/$BASHPID/fd/2)"'
     cluster.s4(kind, "s4://b/in/", "s4://b/out/", command)
     cluster.s4(kind, "s4://b/in/", "s4://b/again/", "xargs -r cat; ls")
+
+
+def test_a_command_that_removes_the_folder_of_its_worker_costs_only_itself(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    cluster.put("s4://b/000", b"data")
+    cluster.fails("eval", "s4://b/000", 'rm -r "$(dirname "$(readlink /proc/self/fd/2)")"; echo x', code=1)
+    for i in range(8):  # whichever worker it is
+        assert cluster.s4("eval", "s4://b/000", "cat; echo noise >&2").out == b"data"
+        cluster.put(f"s4://b/more/{i:03}", b"more")
+    cluster.nodes[0].check()

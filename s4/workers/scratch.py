@@ -28,8 +28,9 @@ class Scratch:
         self.arriving = os.path.join(self.root, "arriving")  # a key that is received, until it is moved away
 
     def make(self) -> None:
-        """Make the folder of the worker."""
-        os.mkdir(self.root, 0o700)
+        """Make the folder of the worker, if it is not there or a command has removed it."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.root, 0o700)
 
     def renew(self) -> None:
         """Remove what the command before has made useless for the next, such as by `chmod 0 /dev/stderr`."""

@@ -30,7 +30,6 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
     processes.become_subreaper()
     threading.Thread(target=_end_with_node, args=(lifeline,), daemon=True).start()
     files = Scratch(scratch, os.getpid())
-    files.make()
     commands = Commands(files)
     descriptors = socket.socket(fileno=os.dup(connection.fileno()))
     while True:
@@ -43,6 +42,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
             break
         answer: Result
         try:
+            files.make()
             answer = _perform(task, fds, files, commands)
         except S4Error as e:
             answer = Failure(type(e).__name__, str(e))
