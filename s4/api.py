@@ -399,7 +399,7 @@ class Eval:
             self._node.own_key(needed(given, "key")),
             checked_job_id(given.get("job", "")),
             checked_command(command),
-            positive_seconds(given.get("timeout"), self._node.limits.timeout),
+            positive_seconds("timeout", given.get("timeout"), self._node.limits.timeout),
             abandoned,
         )
         resp.status = 200 if done.exitcode == 0 else 400

@@ -9,6 +9,7 @@ CONF_ENVIRONMENT = "S4_CONF_PATH"
 DEFAULT_CONF = "~/.s4.conf"
 DEFAULT_SERVER = "127.0.0.1:8080"
 
+MAX_TIMEOUT = 366 * 86400.0  # seconds
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 
@@ -146,7 +147,7 @@ def local_address(host: str) -> str | None:
 
 
 def timeout_setting() -> float:
-    """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is not a positive number."""
+    """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is no positive number up to a year."""
     text = os.environ.get(TIMEOUT_ENVIRONMENT)
     if not text:
         return DEFAULT_TIMEOUT
@@ -154,6 +155,8 @@ def timeout_setting() -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1
-    if not 0 < seconds < float("inf"):
-        raise ConfError(f"{TIMEOUT_ENVIRONMENT}={text}: a positive number of seconds is needed")
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise ConfError(
+            f"{TIMEOUT_ENVIRONMENT}={text}: a number of seconds is needed, above 0, at most a year"
+        )
     return seconds

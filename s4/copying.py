@@ -255,6 +255,7 @@ class _Crew:
         self._move = move
         self._failures = failures
         self._failed_before = len(failures)
+        self._failed: set[Item] = set()  # a batch that breaks fails items that may have failed before
         self._lock = threading.Lock()
         self._ended = threading.Semaphore(0)  # once for each thread: Thread.join forgets a thread at Ctrl-C
         self._stopping = False
@@ -321,7 +322,8 @@ class _Crew:
     def _fail(self, item: Item, reason: str) -> None:
         named = reason if item.file in reason else f"{item.file}: {reason}"
         with self._lock:
-            if not self._stopping:
+            if not self._stopping and item not in self._failed:
+                self._failed.add(item)
                 self._failures.append(named)
 
 

@@ -75,17 +75,21 @@ class Evals:
         )
         with self._gate.waiting():
             self._check_new(job_id)
-            parts.pool.submit(ticket)
-            wait_for_slot(parts.pool, ticket)  # a caller who is turned away here comes again with the same id
-            self._running[job_id] = ticket
+            if self._running.setdefault(job_id, ticket) is not ticket:
+                raise ConflictError(f"job {job_id} is running already")
+            recorded = False
             try:
+                parts.pool.submit(ticket)
+                wait_for_slot(parts.pool, ticket)  # who is turned away here comes again with the same id
                 self._begin(job, task)
+                recorded = True
                 ran = self._wait(ticket, abandoned)
             except BaseException as e:
                 parts.pool.cancel(ticket, S4Error("the eval failed"))
                 with contextlib.suppress(S4Error):
                     ticket.result()
-                self._record_failure(job, task, ticket, e)
+                if recorded:
+                    self._record_failure(job, task, ticket, e)
                 parts.storage.discard(job_id)
                 raise
             finally:

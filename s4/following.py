@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from s4.errors import MissingError, NodeError, S4Error, StoppingError, UnreachableError
+from s4.errors import BusyError, MissingError, S4Error, UnreachableError
 from s4.jobcalls import cancel, read_json, tasks_of
 from s4.reaching import SILENCE_SECONDS
 from s4.record import replace
@@ -136,7 +136,9 @@ class Follower:
                 asked = time.monotonic()
                 try:
                     share = self._ask(caller)
-                except (NodeError, StoppingError, MissingError) as e:
+                except BusyError:
+                    pass
+                except S4Error as e:
                     strikes += 1
                     if strikes == STRIKES:
                         state = MISSING if isinstance(e, MissingError) else LOST
@@ -145,8 +147,6 @@ class Follower:
                             self._lost[node] = lost_part(node, reason, self._shares[node], state)
                             self._changed.notify()
                         return
-                except S4Error:
-                    pass  # it is busy
                 else:
                     strikes = 0
                     with self._changed:

@@ -33,7 +33,7 @@ FINGERPRINT_HEADER = "S4-Conf"
 EXITCODE_HEADER = "S4-Exit-Code"
 STDERR_SIZE_HEADER = "S4-Stderr-Size"
 CONNECT_SECONDS = 5.0
-FOREVER = 1e9  # seconds: for a job, whose end nobody knows
+_LONGEST_SILENCE = 2_000_000.0  # seconds; a socket takes no more than 24 days
 _LONGEST_PAUSE = 5.0
 _NOTICE_SECONDS = 0.05  # how soon a pause sees that the request was given up
 
@@ -305,7 +305,7 @@ class Caller:
             return self._exchange(self._connection, request, silence)
 
     def _exchange(self, connection: _Connection, request: bytes, silence: float) -> Response:
-        connection.sock.settimeout(silence if silence < FOREVER else None)
+        connection.sock.settimeout(min(silence, _LONGEST_SILENCE))
         connection.sock.sendall(request)
         status, headers = connection.head()
         if FINGERPRINT_HEADER.lower() not in headers:

@@ -112,7 +112,7 @@ class JobStatus:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
-        wait = positive_seconds(given["wait"], 0) if "wait" in given else 0
+        wait = positive_seconds("wait", given["wait"], 0) if "wait" in given else 0
         answer_json(resp, _shown(self._node.await_job(needed(given, "job"), wait)))
 
 
@@ -269,7 +269,7 @@ def _job(body: dict[str, Any], kind: str, timeout: float) -> JobRow:
         indir,
         outdir,
         checked_command(command),
-        positive_seconds(body.get("timeout"), timeout),
+        positive_seconds("timeout", body.get("timeout"), timeout),
         whole_of(body, "retries", 0),
         truth_of(body, "keep_going"),
         truth_of(body, "skip_existing"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from s4 import jobcalls
 from s4.asking import at_once
+from s4.config import MAX_TIMEOUT
 from s4.errors import (
     FAILED,
     UNREACHABLE,
@@ -43,7 +44,6 @@ TYPE_CHECKING = False  # what only annotations need is not imported: typing take
 if TYPE_CHECKING:
     from s4.client import Client
 
-MAX_TIMEOUT = 366 * 86400.0
 MAX_RETRIES = 1000
 MAX_LIMIT = 1_000_000
 CANDIDATES = 10  # so many ids are named if the beginning of one is ambiguous

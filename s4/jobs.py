@@ -144,10 +144,13 @@ class Jobs:
             share = self._running.get(job_id)
             if share is None:
                 try:
-                    return self._parts.jobs.share(job_id)
+                    ended = self._parts.jobs.share(job_id)
                 except MissingError:
                     self._cancelled[job_id] = (run or 1, time.monotonic())
                     raise
+                if run is not None and run > ended.job.run:  # a retry of which we do not know yet
+                    self._cancelled[job_id] = (run, time.monotonic())
+                return ended
         if run is None or run >= share.job.run:
             share.cancel(CancelledError(f"job {job_id} was cancelled"))
             share.ended.wait(STOP_SECONDS)

@@ -3,6 +3,7 @@
 All that is not as it should be is a BadRequestError that says what is needed.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -44,14 +45,14 @@ def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:
     return int(text)
 
 
-def positive_seconds(given: object, default: float) -> float:
-    """A positive number of seconds."""
+def positive_seconds(name: str, given: object, default: float) -> float:
+    """The positive number of seconds that is given for `name`, `default` for None."""
     try:
         seconds = default if given is None else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         seconds = 0
     if not 0 < seconds < float("inf"):
-        raise BadRequestError(f"timeout={given!r}: a positive number of seconds is needed")
+        raise BadRequestError(f"{name}={given!r}: a positive number of seconds is needed")
     return seconds
 
 
@@ -113,7 +114,14 @@ def checked_command(text: str) -> str:
 
 
 def json_lines(chunks: Iterable[list[str]]) -> Iterator[bytes]:
-    """A JSON list with a row a line, of rows that are JSON already."""
+    """A JSON list with a row a line, of rows that are JSON already. The first chunk is asked for at once, so
+    that its failure is still an answer of its own."""
+    following = iter(chunks)
+    first = list(itertools.islice(following, 1))
+    return _json_lines(itertools.chain(first, following))
+
+
+def _json_lines(chunks: Iterable[list[str]]) -> Iterator[bytes]:
     separator = b"[\n"
     for lines in chunks:
         if lines:

@@ -234,7 +234,7 @@ class Share:
             if conflict is not None:
                 if self.job.skip_existing and self._parts.keys.exists(attempt.target):
                     self._counts.skipped += 1
-                    self._changes.append(TaskChange(task.task, SKIPPED, attempt.number))
+                    self._changes.append(TaskChange(task.task, SKIPPED, attempt.number - 1))
                     return
                 raise conflict
         variables = {
@@ -246,10 +246,10 @@ class Share:
             members = self._inputs.group(task.input)
             if not members:
                 raise MissingError(f"no such key: {url(task.input)}")
-            stdin, lines = None, [storage.real_path(path) for path in members]
+            stdin, lines = None, [self._real_path(path) for path in members]
             variables["S4_KEY"] = prefix_of(name_of(task.input))
         else:
-            stdin, lines = storage.real_path(task.input), []
+            stdin, lines = self._real_path(task.input), []
             variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
         name = self._work_name(attempt)
         command = Command(
@@ -267,6 +267,13 @@ class Share:
         attempt.ticket = ticket
         self._commands[ticket] = attempt
         self._parts.pool.submit(ticket)
+
+    def _real_path(self, path: str) -> str:
+        try:
+            return self._parts.storage.real_path(path)
+        except MissingError:
+            self._parts.keys.get(path)  # if the key is gone too, that is what there is to say
+            raise
 
     def _work_name(self, attempt: _Attempt) -> str:
         return f"{self.job.id}.{attempt.task.task}.{attempt.number}"
@@ -466,8 +473,7 @@ class Share:
             if state == INTERRUPTED:
                 change = change._replace(error=STOPPED)
             self._changes.append(change)
-        if state != DONE:
-            self._parts.storage.discard(self.job.id)
+        self._parts.storage.discard(self.job.id)
 
 
 def exit_text(exitcode: int) -> str:

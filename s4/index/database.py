@@ -79,27 +79,31 @@ class Database:
         with self._write_lock:
             yield
 
-    def read(self) -> sqlite3.Connection:
-        """This thread's connection for reading."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._connect()
-            connection.execute("PRAGMA query_only = 1")
-        return connection
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection for reading. Raises S4Error if SQLite fails in the block."""
+        try:
+            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = self._connect()
+                connection.execute("PRAGMA query_only = 1")
+            yield connection
+        except sqlite3.Error as e:
+            raise _explained(self.path, e) from e
 
     def check(self) -> None:
         """Read the whole file. Raises DamagedIndexError if it is not sound."""
-        try:
-            [(found,)] = self.read().execute("PRAGMA quick_check(1)").fetchall()
-        except sqlite3.Error as e:
-            raise _explained(self.path, e) from e
+        with self.read() as db:
+            [(found,)] = db.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise DamagedIndexError(f"{self.path}: {found}")
 
     def close(self) -> None:
-        """Close the writer; SQLite then folds the WAL into node.db."""
+        """Close the writer, with everything in node.db and nothing left in the WAL."""
         with self._write_lock:
             self._closed = True
+            # SQLite does it by itself only for the last connection; other threads have theirs for reading.
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()
 
 

@@ -200,11 +200,12 @@ class JobIndex:
 
     def waiting(self, job_id: str, after: int, limit: int) -> list[tuple[NewTask, int]]:
         """The next waiting tasks with a number above `after`, each with its last attempt."""
-        rows = self._db.read().execute(
-            "SELECT task, input, inputs, bytes_in, state, attempt FROM tasks"
-            " WHERE job = ? AND task > ? AND state = 'waiting' ORDER BY task LIMIT ?",
-            (job_id, after, limit),
-        )
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT task, input, inputs, bytes_in, state, attempt FROM tasks"
+                " WHERE job = ? AND task > ? AND state = 'waiting' ORDER BY task LIMIT ?",
+                (job_id, after, limit),
+            ).fetchall()
         return [(NewTask(*row[:5]), row[5]) for row in rows]
 
     def change(self, db: Transaction, job_id: str, changes: Sequence[TaskChange]) -> None:
@@ -259,17 +260,19 @@ class JobIndex:
 
     def share(self, job_id: str) -> ShareRow:
         """The share of a job. Raises MissingError."""
-        row = self._db.read().execute(_SHARE + " WHERE id = ?", (job_id,)).fetchone()
+        with self._db.read() as db:
+            row = db.execute(_SHARE + " WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise MissingError(f"no such job: {job_id}")
         return _share(row)
 
     def shares(self, prefix: str, limit: int) -> list[ShareRow]:
         """The newest shares whose id starts with `prefix`."""
-        rows = self._db.read().execute(
-            _SHARE + " WHERE id >= ? AND id < ? ORDER BY started_s DESC LIMIT ?",
-            (prefix, prefix + "\U0010ffff", limit),
-        )
+        with self._db.read() as db:
+            rows = db.execute(
+                _SHARE + " WHERE id >= ? AND id < ? ORDER BY started_s DESC LIMIT ?",
+                (prefix, prefix + "\U0010ffff", limit),
+            ).fetchall()
         return [_share(row) for row in rows]
 
     def tasks(
@@ -282,12 +285,14 @@ class JobIndex:
         chunk = 50 if stderr else 1000  # a stderr may be 64 KB
         last = -1
         while True:
-            cursor = self._db.read().execute(
-                f"SELECT {columns} FROM {joined} WHERE job = ? AND task > ? {chosen} ORDER BY task LIMIT ?",
-                (job_id, last, *states, chunk),
-            )
-            names = [column[0] for column in cursor.description]
-            rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            with self._db.read() as db:
+                cursor = db.execute(
+                    f"SELECT {columns} FROM {joined} WHERE job = ? AND task > ? {chosen}"
+                    " ORDER BY task LIMIT ?",
+                    (job_id, last, *states, chunk),
+                )
+                names = [column[0] for column in cursor.description]
+                rows = [dict(zip(names, row, strict=True)) for row in cursor]
             yield rows
             if len(rows) < chunk:
                 return
@@ -295,32 +300,35 @@ class JobIndex:
 
     def task(self, job_id: str, number: int) -> dict[str, Any]:
         """One task. Raises MissingError."""
-        cursor = self._db.read().execute(
-            f"SELECT {_TASK_COLUMNS} FROM tasks WHERE job = ? AND task = ?", (job_id, number)
-        )
-        row = cursor.fetchone()
+        with self._db.read() as db:
+            cursor = db.execute(
+                f"SELECT {_TASK_COLUMNS} FROM tasks WHERE job = ? AND task = ?", (job_id, number)
+            )
+            row = cursor.fetchone()
         if row is None:
             raise MissingError(f"no task {number} of a job {job_id} here")
         return dict(zip([column[0] for column in cursor.description], row, strict=True))
 
     def unfinished_inputs(self, kind: str, outdir: str) -> set[str]:
         """Inputs of earlier jobs into the same folder of which none is known to have ended well."""
-        rows = self._db.read().execute(
-            "SELECT input FROM jobs JOIN tasks ON job = id"
-            " WHERE kind = ? AND outdir = ? AND tasks.state != 'skipped'"
-            " GROUP BY input HAVING total(tasks.state = 'done') = 0",
-            (kind, outdir),
-        )
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT input FROM jobs JOIN tasks ON job = id"
+                " WHERE kind = ? AND outdir = ? AND tasks.state != 'skipped'"
+                " GROUP BY input HAVING total(tasks.state = 'done') = 0",
+                (kind, outdir),
+            ).fetchall()
         return {path for (path,) in rows}
 
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
         """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough."""
-        doomed = self._db.read().execute(
-            "SELECT id FROM jobs WHERE state != 'running' AND started_s < ? AND id NOT IN"
-            " (SELECT id FROM jobs ORDER BY started_s DESC LIMIT ?)",
-            (time.time() - keep_seconds, keep_jobs),
-        )
-        for (job_id,) in doomed.fetchall():
+        with self._db.read() as db:
+            doomed = db.execute(
+                "SELECT id FROM jobs WHERE state != 'running' AND started_s < ? AND id NOT IN"
+                " (SELECT id FROM jobs ORDER BY started_s DESC LIMIT ?)",
+                (time.time() - keep_seconds, keep_jobs),
+            ).fetchall()
+        for (job_id,) in doomed:
             self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
             self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
             with self._db.write() as db:
@@ -328,7 +336,8 @@ class JobIndex:
 
     def interrupt_running(self) -> None:
         """At the start of a node: what ran when it stopped is lost."""
-        running = self._db.read().execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
+        with self._db.read() as db:
+            running = db.execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
         for (job_id,) in running:
             self._in_steps(
                 f"UPDATE tasks SET state = 'cancelled', error = '{STOPPED}'"
@@ -339,7 +348,9 @@ class JobIndex:
 
     def running_outdirs(self) -> list[str]:
         """Where jobs that run, or ran when the node stopped, put their outputs."""
-        rows = self._db.read().execute("SELECT outdir FROM jobs WHERE state = 'running' AND outdir != ''")
+        query = "SELECT outdir FROM jobs WHERE state = 'running' AND outdir != ''"
+        with self._db.read() as db:
+            rows = db.execute(query).fetchall()
         return [outdir for (outdir,) in rows]
 
 

@@ -58,30 +58,28 @@ class KeyIndex:
 
     def get(self, path: str) -> KeyRow:
         """The row of a key. Raises MissingError."""
-        found = (
-            self._db.read()
-            .execute("SELECT path, size, checksum, created_s, job, task FROM keys WHERE path = ?", (path,))
-            .fetchone()
-        )
+        found = self.find(path)
         if found is None:
             raise MissingError(f"no such key: {url(path)}")
-        return KeyRow(*found)
+        return found
+
+    def find(self, path: str) -> KeyRow | None:
+        """The row of a key, None if there is none."""
+        query = "SELECT path, size, checksum, created_s, job, task FROM keys WHERE path = ?"
+        with self._db.read() as db:
+            found = db.execute(query, (path,)).fetchone()
+        return None if found is None else KeyRow(*found)
 
     def get_all(self, paths: Sequence[str]) -> list[KeyRow | None]:
         """The rows of many keys, None for a missing one."""
-        rows: list[KeyRow | None] = []
-        for path in paths:
-            try:
-                rows.append(self.get(path))
-            except MissingError:
-                rows.append(None)
-        return rows
+        return [self.find(path) for path in paths]
 
     def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
         """Why a key cannot be created: it exists, or a key stands where it needs a folder, or it would
         stand where keys need a folder. A key that the same task of the same job made does not stand in its
         own way."""
-        return _conflict(self._db.read(), path, job, task)
+        with self._db.read() as db:
+            return _conflict(db, path, job, task)
 
     def add(
         self,
@@ -138,13 +136,13 @@ class KeyIndex:
         for row in rows:
             if row.job is None:
                 continue
-            for found in self.get_all([row.path]):
-                if found is None or (found.job, found.task) != (row.job, row.task):
-                    continue
-                if (found.size, found.checksum) == (row.size, row.checksum):
-                    kept.add(row.path)
-                else:
-                    self.remove(row.path, unlink)
+            found = self.find(row.path)
+            if found is None or (found.job, found.task) != (row.job, row.task):
+                continue
+            if (found.size, found.checksum) == (row.size, row.checksum):
+                kept.add(row.path)
+            else:
+                self.remove(row.path, unlink)
         return kept
 
     def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
@@ -156,11 +154,10 @@ class KeyIndex:
         """Remove every key that starts with `prefix`; returns how many. A last segment that is a whole
         bucket name stands for that bucket only."""
         start, end = bounds(prefix)
-        prefix = start
         total = 0
         while True:
             removed = self._remove(
-                prefix,
+                start,
                 "SELECT path FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?",
                 (start, end, REMOVE_CHUNK),
                 unlink,
@@ -194,7 +191,8 @@ class KeyIndex:
         start, end = bounds(prefix)
         query = "SELECT path, size, created_s FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
         while True:
-            rows = self._db.read().execute(query, (start, end, CHUNK)).fetchall()
+            with self._db.read() as db:
+                rows = db.execute(query, (start, end, CHUNK)).fetchall()
             yield list(map(ListRow._make, rows))
             if len(rows) < CHUNK:
                 return
@@ -210,7 +208,8 @@ class KeyIndex:
         folder = prefix.rfind("/") + 1
         while True:
             parameters = {"folder": folder, "first": start, "past": end, "chunk": CHUNK}
-            found = self._db.read().execute(_SKIP_SCAN, parameters).fetchall()
+            with self._db.read() as db:
+                found = db.execute(_SKIP_SCAN, parameters).fetchall()
             rows = []
             for path, size, created_s in found:
                 slash = path.find("/", folder) + 1
@@ -223,7 +222,8 @@ class KeyIndex:
 
     def list_buckets(self) -> list[ListRow]:
         """Every bucket: its name, bytes, and when its first key was made."""
-        rows = self._db.read().execute("SELECT bucket, bytes, created_s FROM buckets ORDER BY bucket")
+        with self._db.read() as db:
+            rows = db.execute("SELECT bucket, bytes, created_s FROM buckets ORDER BY bucket").fetchall()
         return [ListRow(*row) for row in rows]
 
     def restore(self, rows: Sequence[KeyRow]) -> None:
@@ -239,7 +239,8 @@ class KeyIndex:
 
     def exists(self, path: str) -> bool:
         """Whether there is such a key."""
-        return self._db.read().execute(_EXISTS, (path,)).fetchone() is not None
+        with self._db.read() as db:
+            return db.execute(_EXISTS, (path,)).fetchone() is not None
 
     def paths(self, prefix: str) -> Iterator[str]:
         """Every path that starts with `prefix`."""

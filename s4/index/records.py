@@ -33,10 +33,10 @@ class Records:
 
     def left_by_crash(self) -> tuple[list[str], list[str]]:
         """(paths, prefixes) where the node that ran before may have left files without a row."""
-        db = self._db.read()
         puts = "SELECT value FROM transfers, json_each(paths) WHERE direction = 'put'"
-        paths = [path for (path,) in db.execute(puts)]
-        prefixes = [prefix for (prefix,) in db.execute("SELECT prefix FROM removals")]
+        with self._db.read() as db:
+            paths = [path for (path,) in db.execute(puts)]
+            prefixes = [prefix for (prefix,) in db.execute("SELECT prefix FROM removals")]
         return paths, prefixes
 
     def forget_crash(self) -> None:

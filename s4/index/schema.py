@@ -113,9 +113,10 @@ MEANINGS: dict[str, dict[str, str]] = {
 
 def schema(database: Database) -> list[tuple[str, str, str, str]]:
     """(table or view, column, type, meaning) of every column of the index."""
-    found = database.read().execute(
-        "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c"
-        " WHERE m.type IN ('table', 'view') AND m.name NOT LIKE '\\_%' ESCAPE '\\'"
-        " AND m.name NOT LIKE 'sqlite%' ORDER BY m.type, m.rowid, c.cid"
-    )
+    with database.read() as db:
+        found = db.execute(
+            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c"
+            " WHERE m.type IN ('table', 'view') AND m.name NOT LIKE '\\_%' ESCAPE '\\'"
+            " AND m.name NOT LIKE 'sqlite%' ORDER BY m.type, m.rowid, c.cid"
+        ).fetchall()
     return [(table, column, kind, MEANINGS[table][column]) for table, column, kind in found]

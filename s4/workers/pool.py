@@ -144,6 +144,7 @@ class Pool:
         self._lock = threading.Lock()
         self._stopping = False
         self._retires_at = time.monotonic() + IDLE_SECONDS
+        self._spawns_at = 0.0  # monotonic: not before it may another worker be started
         self._wakes_at = 0.0  # monotonic: when the loop looks at the deadlines again
         self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
         self._selector = selectors.DefaultSelector()
@@ -256,9 +257,6 @@ class Pool:
             try:
                 if self._watch():
                     return
-            except OSError as e:  # no memory for another process, or the fork server is just gone
-                log.error("no worker process could be started, it is tried again: %s", e)
-                time.sleep(PAUSE_SECONDS)
             except Exception:  # the pool must live on
                 log.exception("the pool stumbled; it goes on")
                 time.sleep(PAUSE_SECONDS)
@@ -278,14 +276,20 @@ class Pool:
                 self._retire(now)
             deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
             self._wakes_at = min([self._retires_at, *deadlines])
+            if short:
+                self._wakes_at = min(self._wakes_at, self._spawns_at)
             timeout = max(0.0, self._wakes_at - now)
             finished, self._finished = self._finished, []
         for ticket, answer, error in finished:
             self._finish(ticket, answer, error)
         if stopping and not self._workers:
             return True
-        if short and not stopping:
-            self._spawn()
+        if short and not stopping and now >= self._spawns_at:
+            try:
+                self._spawn()
+            except (OSError, EOFError) as e:  # no memory for another process, or the fork server is just gone
+                log.error("no worker process could be started, it is tried again: %s", e or "no answer")
+                self._spawns_at = now + PAUSE_SECONDS
             return False
         for key, _events in self._selector.select(timeout):
             if key.data is None:

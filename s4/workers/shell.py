@@ -23,8 +23,8 @@ set -m
 while read -r; do
     mapfile -d '' -t s4_job <"$1"
     (
-        exec 2>"${s4_job[3]}" <"${s4_job[1]}" >"${s4_job[2]}"
-        cd -- "${s4_job[0]}"
+        exec 2>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit
+        cd -- "${s4_job[0]}" || exit
         export "${s4_job[@]:5}"
         s4_command=${s4_job[4]}
         unset s4_job
@@ -79,8 +79,17 @@ class Shell:
             self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
-        with open(self._job_file, "wb", buffering=0) as f:
+        with open(self._job_file, "wb") as f:
             f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
+        try:
+            exitcode, usage = self._finish_command()
+        except BaseException:
+            self._stop()  # out of step, it would answer the next command with the end of this one
+            raise
+        self._end_orphans()
+        return exitcode, usage
+
+    def _finish_command(self) -> tuple[int, Usage]:
         try:
             os.write(self._stdin, b"\n")
             answer, peak_memory = self._answer()
@@ -88,13 +97,10 @@ class Shell:
             answer, peak_memory = b"", 0
         if not answer:
             exitcode = self._stop()  # the command ended the shell itself, such as with kill -9 $$
-            cpu_seconds = 0.0
-        else:
-            exitcode = int(answer)
-            cpu_seconds = self._cpu_since()
-            self._own_memory = self._own_memory or processes.memory_of(self._process.pid)
-        self._end_orphans()
-        return exitcode, Usage(cpu_seconds, max(peak_memory, self._own_memory))
+            return exitcode, Usage(0.0, max(peak_memory, self._own_memory))
+        exitcode = int(answer)
+        self._own_memory = self._own_memory or processes.memory_of(self._process.pid)
+        return exitcode, Usage(self._cpu_since(), max(peak_memory, self._own_memory))
 
     def _answer(self) -> tuple[bytes, int]:
         """What the loop says at the end of a command, nothing if the shell is gone; and the memory seen."""
@@ -147,6 +153,9 @@ class Shell:
         self._ticks = self._own_memory = 0
 
     def _stop(self) -> int:
+        """End the shell, unless that is done; its exit code."""
+        if self._process is None:
+            return 0
         os.close(self._stdin)
         os.close(self._status)
         os.close(self._stat)
