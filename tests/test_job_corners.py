@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from cluster import Cluster
+from procs import eventually
 
 SHELL_NAMES = [
     "$HOME",
@@ -145,3 +148,44 @@ def test_a_command_that_removes_the_folder_of_its_worker_costs_only_itself(
         assert cluster.s4("eval", "s4://b/000", "cat; echo noise >&2").out == b"data"
         cluster.put(f"s4://b/more/{i:03}", b"more")
     cluster.nodes[0].check()
+
+
+def test_an_input_that_goes_while_its_command_waits_fails_that_task_alone(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    keys = {f"s4://b/in/{i:03}": f"data{i}".encode() for i in range(4)}
+    cluster.put_all(keys)
+    started = cluster.work / "started"
+    command = f"touch {started}; while [ $filename = 000 ] && [ -e {started} ]; do sleep 0.01; done; cat"
+    client = cluster.start_s4("map", "s4://b/in/", "s4://b/out/", command, "--keep-going")
+    eventually(started.exists, 10)
+    cluster.nodes[0].path_of("s4://b/in/001").unlink()
+    started.unlink()
+    _out, err = client.communicate(timeout=20)
+    assert client.returncode == 1 and b"s4://b/in/001" in err and b"No such file" in err, err
+    # What it left in the shell must not be taken for the end of a later command.
+    left = {key: data for key, data in keys.items() if key != "s4://b/in/001"}
+    cluster.s4("rm", "s4://b/in/001")
+    for again in ("x", "y"):
+        cluster.s4("map", "s4://b/in/", f"s4://b/{again}/", "cat")
+        assert cluster.contents(f"s4://b/{again}/") == {key[-3:]: data for key, data in left.items()}
+    assert "no such key" in cluster.fails("eval", "s4://b/in/001", "cat", code=1)
+
+
+def test_of_two_evals_with_one_id_one_runs(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    cluster.put("s4://b/000", b"x")
+    node = cluster.nodes[0]
+    go = cluster.work / "go"
+    blocker = cluster.start_s4("eval", "s4://b/000", f"while [ ! -e {go} ]; do sleep 0.01; done")
+    eventually(lambda: node.get("/jobs").json(), 10)
+    with ThreadPoolExecutor() as pool:
+        ask = partial(node.post, "/eval", key="s4://b/000", job="one0one0one0", body=b"cat")
+        both = [pool.submit(ask) for _ in range(2)]
+        assert eventually(lambda: [f for f in both if f.done()], 10)
+        go.touch()
+        statuses = sorted(future.result().status for future in both)
+    assert statuses == [200, 409] and blocker.wait(10) == 0
+    assert {share["state"] for share in node.get("/jobs").json()} == {"done"}
+    assert "Traceback" not in node.log

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -252,7 +253,8 @@ def test_local_runs_nodes_until_it_is_stopped_and_keeps_their_data(alone: Cluste
     assert local.stop(signal.SIGINT) == 0
     eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 3, "all are gone")
 
-    again = Local(alone, place)
+    # No proxy of the environment comes in between.
+    again = Local(alone, place, env={"http_proxy": "http://127.0.0.1:9", "no_proxy": ""})
     assert alone.s4("servers", env=again.env).lines == servers
     assert alone.s4("cp", "s4://b/001", "-", env=again.env).out == b"001"
     pids = again.pids()
@@ -423,6 +425,38 @@ def test_reindex_sets_a_damaged_index_aside_and_makes_a_new_one(alone: Cluster, 
     assert aside.read_bytes() == broken
     assert node.rows("select path, size, checksum from keys order by path") == before
     node.start()
+
+
+def test_a_stopped_node_leaves_everything_in_one_index_file(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    alone.put_all({f"s4://b/{i:03}": b"" for i in range(20)})
+    node.listing("s4://b/")
+    node.terminate()
+    wal = node.data / "_index" / "node.db-wal"
+    assert not wal.exists() or wal.stat().st_size == 0
+
+
+def test_a_damaged_page_is_told_in_one_line(start_cluster: Callable[..., Cluster]) -> None:
+    alone = start_cluster(1, check=False)
+    (node,) = alone.nodes
+    alone.put_all({f"s4://b/{i:03}": b"" for i in range(200)})
+    node.terminate()
+    index = node.data / "_index" / "node.db"
+    with contextlib.closing(sqlite3.connect(index)) as db, db:
+        [(page,)] = db.execute("select rootpage from sqlite_master where name = 'keys'").fetchall()
+        [(size,)] = db.execute("pragma page_size").fetchall()
+    whole = index.read_bytes()
+    index.write_bytes(whole[: (page - 1) * size] + bytes(size) + whole[page * size :])
+    node.start()
+    for arguments in (
+        ["ls", "-r", "s4://b"],
+        ["ls", "s4://b/"],
+        ["cp", "s4://b/000", "-"],
+        ["rm", "s4://b/000"],
+    ):
+        assert "reindex" in alone.fails(*arguments, says="malformed", code=1)
+    assert "Traceback" not in node.log
 
 
 def test_reindex_makes_files_that_were_put_there_by_hand_read_only(alone: Cluster) -> None:
