@@ -35,7 +35,9 @@ from s4.job_api import (
     Job,
     JobList,
     JobStatus,
+    Outputs,
     Plan,
+    RemoveOutputs,
     Retry,
     Schema,
     Sql,
@@ -107,6 +109,8 @@ def make_app(node: Node) -> "falcon.App[falcon.Request, falcon.Response]":
     app.add_route("/jobs", JobList(node))
     app.add_route("/task", TaskStatus(node))
     app.add_route("/tasks", TaskList(node))
+    app.add_route("/outputs", Outputs(node))
+    app.add_route("/remove_outputs", RemoveOutputs(node))
     app.add_route("/stat", Stat(node))
     app.add_route("/sql", Sql(node))
     app.add_route("/schema", Schema(node))

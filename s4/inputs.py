@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from s4.config import Conf
-from s4.http import Caller
 from s4.index import JobIndex, JobRow, KeyIndex
-from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of, url
-from s4.listing import rows
+from s4.index.jobs import DONE, RUNNING
+from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of
+from s4.remains import Maker, Remains
 
 MAP, MAP_TO_N, MAP_FROM_N = "map", "map-to-n", "map-from-n"
 EVAL = "eval"  # recorded as a job, but it has no folders
@@ -35,12 +35,11 @@ class Inputs:
     def __init__(self, job: JobRow, conf: Conf, position: int, keys: KeyIndex, jobs: JobIndex) -> None:
         self._job = job
         self._folder, self._pattern, self._target = check_job_folders(job.indir, job.outdir)
-        self._conf = conf
-        self._position = position
         self._keys = keys
         self._jobs = jobs
         self._groups: dict[str, Group] | None = None
-        self._made: set[str] | None = None
+        self.outputs = Remains(conf, position, keys, self._target)
+        self._makers: dict[str, set[Maker]] | None = None
 
     def all(self) -> Iterator[Input]:
         """Every input, in key order; groups in the order of their prefixes."""
@@ -85,23 +84,29 @@ class Inputs:
     def exists(self, path: str) -> bool:
         """Whether the output for an input exists already.
 
-        Of a shuffle: whether any node has outputs for it, unless attempts are known of which none ended well.
+        Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
+        or of which nothing is known any more.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
-        if self._made is None:
-            self._made = set().union(*map(self._folders_on, range(len(self._conf.servers))))
-            unfinished = self._jobs.unfinished_inputs(self._job.kind, self._job.outdir)
-            self._made -= {name_of(path) for path in unfinished}
-        return name_of(path) in self._made
+        made = self._made_from(path)
+        states = [state for _maker, origin, state in made if origin == path]
+        if states:
+            return DONE in states or RUNNING in states
+        return any(origin is None for _maker, origin, _state in made)
 
-    def _folders_on(self, position: int) -> set[str]:
-        """The names of the folders in OUTDIR that a node has. Raises NodeError."""
-        if position == self._position:
-            chunks = self._keys.list_folder(self._target)
-            return {name_of(row.path[:-1]) for chunk in chunks for row in chunk if row.size is None}
-        with Caller(str(self._conf.servers[position]), self._conf.fingerprint, 60.0) as caller:
-            answer = caller.open("GET", "/list", {"prefix": url(self._target), "recursive": "false"})
-            return {
-                entry.path[:-1] for chunk in rows(caller, answer) for entry in chunk if entry.size == "PRE"
-            }
+    def remains(self, path: str) -> list[Maker]:
+        """The tasks that made some of the outputs for an input of a shuffle, and did not end well."""
+        made = self._made_from(path)
+        return [maker for maker, origin, state in made if origin == path and state not in (DONE, RUNNING)]
+
+    def _made_from(self, path: str) -> list[tuple[Maker, str | None, str | None]]:
+        """What made keys in the folder for an input: the task, its input and state if they are known."""
+        if self._makers is None:
+            self._makers = self.outputs.makers()
+        found = []
+        for maker in self._makers.get(name_of(path), ()):
+            _folder, job, task = maker
+            known = None if job is None or task is None else self._jobs.made_from(job, task)
+            found.append((maker, *(known or (None, None))))
+        return found

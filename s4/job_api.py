@@ -158,6 +158,40 @@ class TaskList:
         resp.stream = json_lines([json.dumps(_shown_task(task)) for task in chunk] for chunk in chunks)
 
 
+class Outputs:
+    """GET /outputs?prefix=: what made the keys here in the folders of an OUTDIR, as JSON [folder, job, task].
+
+    Asked by a node that is to skip inputs of a shuffle whose outputs exist.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        answer_json(resp, list(self._node.makers(needed(query_of(req), "prefix"))))
+
+
+class RemoveOutputs:
+    """POST /remove_outputs?prefix=, body a JSON list of [folder, job, task]: removes what these made here.
+
+    Sent by a node that runs a task of a shuffle again.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        try:
+            makers = [
+                (str(folder), checked_job_id(job), int(task))
+                for folder, job, task in json.loads(req.bounded_stream.read())
+            ]
+        except (ValueError, TypeError, RecursionError):
+            raise BadRequestError("the body must be a JSON list of [folder, job, task]") from None
+        self._node.remove_made(needed(query_of(req), "prefix"), makers)
+        resp.text = "removed"
+
+
 class Stat:
     """GET /stat?key=: size, checksum, times and file of a key, and the job and task that made it; 404."""
 

@@ -15,7 +15,7 @@ from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Records, Shar
 from s4.index.keys import ListRow
 from s4.index.query import run_query
 from s4.jobs import Jobs, outcome, row_of
-from s4.keys import owner, parse_key, parse_prefix, url
+from s4.keys import owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
 from s4.shares import Parts
 from s4.storage import Storage
@@ -125,6 +125,15 @@ class Node:
                 self.keys.remove_prefix(path, self.storage.unlink)
         else:
             self.keys.remove(self.own_key(prefix), self.storage.unlink)
+
+    def makers(self, folder: str) -> set[tuple[str, str | None, int | None]]:
+        """(folder, job, task) of all keys here that lie in folders of `folder`. Raises BadRequestError."""
+        return self.keys.makers(parse_folder(folder))
+
+    def remove_made(self, folder: str, makers: Sequence[tuple[str, str | None, int | None]]) -> None:
+        """Remove the keys here that tasks made, given as `makers` tells them. Raises S4Error."""
+        with self.removals.waiting():
+            self.keys.remove_made(parse_folder(folder), makers, self.storage.unlink)
 
     def submit(self, job: JobRow, *, no_overlap: bool = False) -> ShareRow:
         """Start this node's share of a job and return at once how far it is. Raises S4Error."""

@@ -31,6 +31,7 @@ from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED
 from s4.inputs import MAP_FROM_N, MAP_TO_N, Inputs
 from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
+from s4.remains import Maker
 from s4.storage import Storage
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
@@ -161,6 +162,8 @@ class Share:
     def _run(self) -> None:
         if not self._listed:
             self._list()
+        if self.job.kind == MAP_TO_N and self.job.run > 1:
+            self._remove_earlier()
         log.info("job %s %s started, %d tasks", self.job.id, self.job.kind, self._counts.tasks)
         while True:
             nothing_more = self._start_commands() and not self._commands
@@ -175,20 +178,33 @@ class Share:
         """Record a waiting task for each input."""
         servers = len(self._parts.conf.servers)
         found: list[NewTask] = []
+        remains: list[Maker] = []
         for number, (path, keys, size) in enumerate(self._inputs.all()):
             skip = self.job.skip_existing and self._inputs.exists(path)
             state = SKIPPED if skip else WAITING
             found.append(NewTask(number * servers + self._parts.position, path, keys, size, state))
             self._counts.tasks += 1
             self._counts.skipped += skip
+            if self.job.skip_existing and self.job.kind == MAP_TO_N and not skip:
+                remains += self._inputs.remains(path)
             if len(found) == STEP:
                 self._parts.jobs.add_tasks(self.job.id, found)
                 found = []
                 self._check_cancelled()
+        self._inputs.outputs.remove(remains, self._parts.storage.unlink)
         self._parts.jobs.add_tasks(self.job.id, found)
         self._parts.jobs.listed(self.job.id, self._counts)
         self._listed = True
         self._check_cancelled()
+
+    def _remove_earlier(self) -> None:
+        """Remove what earlier runs made in tasks that are to run again: they may make less this time."""
+        last = -1
+        while waiting := self._parts.jobs.waiting(self.job.id, last, READ_TASKS):
+            makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
+            self._inputs.outputs.remove(makers, self._parts.storage.unlink)
+            last = waiting[-1][0].task
+            self._check_cancelled()
 
     def _check_cancelled(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -431,6 +447,9 @@ class Share:
         if not attempt.outputs:  # those that were handed on go one by one
             self._parts.storage.discard(self._work_name(attempt))
         if attempt.tries_left > 0 and not isinstance(error, ConflictError):
+            if self.job.kind == MAP_TO_N and attempt.outputs:
+                made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
+                self._inputs.outputs.remove([made], self._parts.storage.unlink)
             self._ready.appendleft(_Attempt(attempt.task, attempt.number + 1, attempt.tries_left - 1))
             return
         self._counts.failed += 1

@@ -460,16 +460,29 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
     assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}
 
 
-def test_an_input_is_unfinished_until_a_task_of_it_is_done(database: Database) -> None:
-    jobs = JobIndex(database)
-    states = {
-        "first": ["done", "failed", "cancelled", "cancelled"],
-        "second": ["failed", "failed", "done", "skipped"],
-        "elsewhere": ["failed", "done", "done", "done"],
-    }
-    for job, found in states.items():
-        jobs.begin(
-            JobRow(job, "map-to-n", "s4://b/in/", "s4://b/x/" if job == "elsewhere" else "s4://b/out/", "c")
-        )
-        jobs.add_tasks(job, [NewTask(i, f"b/in/{i}", 1, 0, state) for i, state in enumerate(found)])
-    assert jobs.unfinished_inputs("map-to-n", "s4://b/out/") == {"b/in/1", "b/in/3"}
+def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
+    keys, jobs = KeyIndex(database), JobIndex(database)
+    made = {"x/0": ("one", 0), "x/1": ("one", 0), "x/y/2": ("two", 0), "z/0": ("one", 1)}
+    rows = [NewKey(f"b/out/{path}", 1, "0", job, task) for path, (job, task) in made.items()]
+    rows += [
+        NewKey("b/out/top", 1, "0"),
+        NewKey("b/out/put/0", 1, "0"),
+        NewKey("b/outer/x/0", 1, "0", "one", 0),
+    ]
+    assert keys.add(rows, lambda _i: None, lambda _paths: None) == [None] * len(rows)
+    assert keys.makers("b/out/") == {("x", "one", 0), ("x", "two", 0), ("z", "one", 1), ("put", None, None)}
+    gone: list[str] = []
+    keys.remove_made("b/out/", [("x", "one", 0), ("z", "two", 1), ("nothing", "one", 1)], gone.extend)
+    assert gone == ["b/out/x/0", "b/out/x/1"]
+    assert keys.makers("b/out/") == {("x", "two", 0), ("z", "one", 1), ("put", None, None)}
+    jobs.begin(JobRow("one", "map-to-n", "s4://b/in/", "s4://b/out/", "c"))
+    jobs.add_tasks(
+        "one", [NewTask(i, f"b/in/{i}", 1, 0, state) for i, state in enumerate(("done", "failed"))]
+    )
+    assert [jobs.made_from("one", i) for i in range(3)] == [
+        ("b/in/0", "running"),
+        ("b/in/1", "running"),
+        None,
+    ]
+    jobs.end("one", "failed", None)
+    assert [jobs.made_from("one", i) for i in range(2)] == [("b/in/0", "done"), ("b/in/1", "failed")]

@@ -275,8 +275,51 @@ def test_an_input_whose_attempt_ended_badly_is_not_skipped(cluster: Cluster, buc
     again = _json(cluster, *arguments, "--keep-going", "--skip-existing", code=1)
     assert (again["skipped"], again["failed"]) == (5, 1)
     cluster.s4("rm", in_the_way)
-    cluster.s4("retry", first["job"])
+    # It has taken the place of the first, whose leftovers it has removed.
+    cluster.s4("retry", again["job"])
     assert cluster.get(in_the_way) == b"1\n"
+    assert "6 skipped" in cluster.s4(*arguments, "--skip-existing").err
+
+
+def test_an_input_of_the_same_name_in_another_folder_is_not_skipped(cluster: Cluster, bucket: str) -> None:
+    arguments = ["map-to-n", f"{bucket}/in/", f"{bucket}/out/", "read x; echo 1 > $x; echo $x"]
+    for day in ("one", "two", "three"):
+        cluster.put(f"{bucket}/in/{day}/000_log", f"{day}\n".encode())
+        done = _json(cluster, *arguments, "--skip-existing")
+        assert (done["done"], done["skipped"]) == (1, done["tasks"] - 1)
+    made = {f"{bucket}/out/000_log/{day}" for day in ("one", "two", "three")}
+    assert set(cluster.keys(f"{bucket}/out/")) == made
+
+
+@pytest.mark.parametrize("before", ["nothing", "a whole run, removed"])
+def test_a_shuffle_that_failed_is_completed_by_one_that_skips(
+    cluster: Cluster, bucket: str, indir: str, before: str
+) -> None:
+    out = f"{bucket}/out/"
+    arguments = ["map-to-n", indir, out, "for i in 0 1 2 3 4 5; do echo $i > $i; echo $i; done"]
+    if before != "nothing":
+        cluster.s4(*arguments)
+        cluster.s4("rm", "-r", out)
+    cluster.put(f"{out}002/5", b"in the way")
+    cluster.fails(*arguments, code=1)
+    cluster.s4("rm", f"{out}002/5")
+    assert any("/002/" in key for key in cluster.keys(out))
+    cluster.s4(*arguments, "--skip-existing")
+    assert set(cluster.keys(out)) == {f"{out}{i:03}/{j}" for i in range(6) for j in range(6)}
+
+
+def test_a_retried_shuffle_leaves_nothing_of_the_attempt_before(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/in/000", b"x")
+    cluster.put(f"{bucket}/out/000/3", b"in the way")
+    # The first attempt makes 0 to 3, of which 3 cannot be stored; the second only 2.
+    again = f"if [ -e {folder}/again ]; then echo > 2; echo 2; exit; fi; touch {folder}/again"
+    command = f"{again}; for i in 0 1 2 3; do echo first > $i; echo $i; done"
+    first = _json(cluster, "map-to-n", f"{bucket}/in/", f"{bucket}/out/", command, code=1)
+    cluster.s4("rm", f"{bucket}/out/000/3")
+    cluster.s4("retry", first["job"])
+    assert cluster.contents(f"{bucket}/out/") == {"000/2": b"\n"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

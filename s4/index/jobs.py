@@ -309,16 +309,15 @@ class JobIndex:
             raise MissingError(f"no task {number} of a job {job_id} here")
         return dict(zip([column[0] for column in cursor.description], row, strict=True))
 
-    def unfinished_inputs(self, kind: str, outdir: str) -> set[str]:
-        """Inputs of earlier jobs into the same folder of which none is known to have ended well."""
+    def made_from(self, job_id: str, number: int) -> tuple[str, str] | None:
+        """(input, state) of a task, the state that of its job while that runs; None if it is not recorded."""
+        query = (
+            "SELECT input, CASE jobs.state WHEN 'running' THEN 'running' ELSE tasks.state END"
+            " FROM tasks JOIN jobs ON job = id WHERE job = ? AND task = ?"
+        )
         with self._db.read() as db:
-            rows = db.execute(
-                "SELECT input FROM jobs JOIN tasks ON job = id"
-                " WHERE kind = ? AND outdir = ? AND tasks.state != 'skipped'"
-                " GROUP BY input HAVING total(tasks.state = 'done') = 0",
-                (kind, outdir),
-            ).fetchall()
-        return {path for (path,) in rows}
+            found: tuple[str, str] | None = db.execute(query, (job_id, number)).fetchone()
+        return found
 
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
         """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough."""

@@ -186,6 +186,38 @@ class KeyIndex:
             db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
         return len(doomed)
 
+    def makers(self, folder: str) -> set[tuple[str, str | None, int | None]]:
+        """(folder, job, task) of all keys below the folders in `folder`, a path that ends in '/'."""
+        found: set[tuple[str, str | None, int | None]] = set()
+        start, end = bounds(folder)
+        query = "SELECT path, job, task FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
+        while True:
+            with self._db.read() as db:
+                rows = db.execute(query, (start, end, CHUNK)).fetchall()
+            for path, job, task in rows:
+                name, slash, _rest = path[len(folder) :].partition("/")
+                if slash:
+                    found.add((name, job, task))
+            if len(rows) < CHUNK:
+                return found
+            start = rows[-1][0] + " "  # as in list_keys
+
+    def remove_made(
+        self,
+        folder: str,
+        makers: Sequence[tuple[str, str | None, int | None]],
+        unlink: Callable[[Sequence[str]], None],
+    ) -> None:
+        """Remove the keys that tasks made, given as `makers` tells them. `unlink(paths)` as in `remove`."""
+        query = "SELECT path FROM keys WHERE path >= ? AND path < ? AND job = ? AND task = ? LIMIT ?"
+        for name, job, task in makers:
+            prefix = f"{folder}{name}/"
+            parameters = (*bounds(prefix), job, task, REMOVE_CHUNK)
+            with self._db.read() as db:
+                there = db.execute(query, parameters).fetchone() is not None
+            while there:
+                there = self._remove(prefix, query, parameters, unlink) == REMOVE_CHUNK
+
     def list_keys(self, prefix: str) -> Iterator[list[ListRow]]:
         """Every key that starts with `prefix`, in chunks."""
         start, end = bounds(prefix)
