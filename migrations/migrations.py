@@ -120,6 +120,7 @@ def m0004_tasks(db: Database) -> None:
         ALTER TABLE jobs ADD COLUMN retries       INTEGER NOT NULL DEFAULT 0;
         ALTER TABLE jobs ADD COLUMN keep_going    INTEGER NOT NULL DEFAULT 0;
         ALTER TABLE jobs ADD COLUMN skip_existing INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE jobs ADD COLUMN alone         INTEGER NOT NULL DEFAULT 0;
 
         CREATE TABLE tasks (
             job         TEXT    NOT NULL,

@@ -12,7 +12,7 @@ GRACE_SECONDS = 30.0  # how much longer than a command's time limit its answer m
 
 
 def at_once(
-    call: "Callable[[str], T]", servers: Sequence[str], on_failure: Callable[[], None] = lambda: None
+    call: "Callable[[str], T]", servers: Sequence[str], on_failure: Callable[[], object] = lambda: None
 ) -> "list[T]":
     """Call all servers, each in a thread, and return the results in order.
 

@@ -49,7 +49,7 @@ class Evals:
         """
         parts = self._parts
         key = parts.keys.get(path)
-        job = JobRow(job_id, EVAL, url(path), "", command, timeout)
+        job = JobRow(job_id, EVAL, url(path), "", command, timeout, alone=True)
         task = NewTask(parts.position, path, 1, key.size)
         work = f"{job_id}.{task.task}.1"
         environment = {

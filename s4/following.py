@@ -151,6 +151,8 @@ class Follower:
                     strikes = 0
                     with self._changed:
                         self._shares[node] = share
+                        if share.state == INTERRUPTED:  # it was open: the node has just been stopped
+                            self._lost[node] = lost_part(node, share.error or "it stopped", share)
                         self._changed.notify()
                 if time.monotonic() < asked + POLL_SECONDS and node in self._open():
                     time.sleep(PAUSE_SECONDS)

@@ -19,6 +19,7 @@ from s4.parameters import (
     answer_json,
     checked_command,
     checked_job_id,
+    checked_prefix,
     flag,
     json_lines,
     json_object,
@@ -126,7 +127,7 @@ class JobList:
         given = query_of(req)
         limit = whole_number(given, "limit") if "limit" in given else 1000
         running = given.get("state") == "running"
-        rows = self._node.jobs.newest(given.get("prefix", ""), limit, running=running)
+        rows = self._node.jobs.newest(checked_prefix(given.get("prefix", "")), limit, running=running)
         answer_json(resp, [_shown(row) for row in rows])
 
 
@@ -308,4 +309,5 @@ def _job(body: dict[str, Any], kind: str, timeout: float) -> JobRow:
         truth_of(body, "keep_going"),
         truth_of(body, "skip_existing"),
         max(1, whole_of(body, "run", 1)),
+        alone=not job_id,
     )

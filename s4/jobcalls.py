@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from s4.asking import GRACE_SECONDS
 from s4.errors import MissingError, NodeError
 from s4.reaching import ask, reaching
 from s4.summary import PlanPart, Share, Task
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from s4.client import Client
+
+CANCEL_SECONDS = 15.0  # a node that has not ended its share in so long does not answer
 
 
 def read_json(server: str, answer: bytes) -> Any:
@@ -35,7 +36,7 @@ def cancel(client: Client, server: str, job: str, run: int | None = None) -> Sha
     """End a node's share and all that it runs; None if it has none, and then it never will."""
     parameters = {"job": job} | ({} if run is None else {"run": str(run)})
     try:
-        return _share(server, ask(client, server, "POST", "/cancel", parameters, silence=2 * GRACE_SECONDS))
+        return _share(server, ask(client, server, "POST", "/cancel", parameters, silence=CANCEL_SECONDS))
     except MissingError:
         return None
 

@@ -102,7 +102,7 @@ class Request:
 class Found:
     """A job by its id: the share of each server, None where there is none, and the servers that are down.
 
-    An eval has a share on one server only.
+    An eval, and what was submitted without an id, has a share on one server only.
     """
 
     job: str
@@ -189,9 +189,8 @@ def _all_or_none(
     """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised."""
     shares: dict[str, Share] = {}
     for servers in rounds:
-        shares |= zip(
-            servers, at_once(post, servers, on_failure=lambda: _cancel_quietly(client, job, run)), strict=True
-        )
+        answers = at_once(post, servers, on_failure=lambda: _cancel_everywhere(client, job, run))
+        shares |= zip(servers, answers, strict=True)
     return shares
 
 
@@ -210,20 +209,26 @@ class _Cancelling:
     def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
         if isinstance(e, KeyboardInterrupt):
             self._watch.cancelling(self._job)
-            _cancel_quietly(self._client, self._job, self._run)
-            raise KeyboardInterrupt(f"job {self._job} is cancelled") from None
+            failures = _cancel_everywhere(self._client, self._job, self._run)
+            said = f"job {self._job} is cancelled"
+            if failures:
+                reasons = "; ".join(map(str, failures))
+                said += f", but perhaps not everywhere: {reasons}; later: s4 cancel {self._job}"
+            raise KeyboardInterrupt(said) from None
 
 
-def _cancel_quietly(client: Client, job: str, run: int | None) -> None:
-    """Cancel a job on all nodes that can be reached, and wait for that."""
+def _cancel_everywhere(client: Client, job: str, run: int | None) -> list[S4Error]:
+    """Cancel a job on all nodes that can be reached, and wait for that; why others could not be told."""
+    failures: list[S4Error] = []
 
     def attempt(server: str) -> None:
         try:
             jobcalls.cancel(client, server, job, run)
-        except S4Error:
-            pass  # what went wrong before is what counts
+        except S4Error as e:
+            failures.append(e)
 
     at_once(attempt, client.servers())
+    return failures
 
 
 def _follow(
@@ -305,7 +310,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         def post(server: str) -> Share:
             return jobcalls.submit(client, server, "/retry", spec)
 
-        shares = _all_or_none(client, found.job, again, post, [client.servers()])
+        shares = _all_or_none(client, found.job, again, post, [list(found.shares)])
         if detach:
             return Found(found.job, {**shares}, {}).summary()
         summary = _follow(client, shares, watch, began)
@@ -336,8 +341,8 @@ def find(client: Client, prefix: str) -> Found:
         more = ", …" if len(ids) > CANDIDATES else ""
         raise BadRequestError(f"job {prefix!r} is ambiguous: {', '.join(ids[:CANDIDATES])}{more}")
     [(job, known)] = by_id.items()
-    of_eval = any(share.kind == EVAL for share in known.values())
-    return Found(job, {s: known.get(s) for s in (known if of_eval else client.servers())}, unreachable)
+    alone = any(share.alone for share in known.values())
+    return Found(job, {s: known.get(s) for s in (known if alone else client.servers())}, unreachable)
 
 
 def jobs(client: Client, limit: int) -> Iterator[JobSummary]:

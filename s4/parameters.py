@@ -104,6 +104,11 @@ def checked_job_id(text: str) -> str:
     return text
 
 
+def checked_prefix(text: str) -> str:
+    """The beginning of the id of a job, which may be empty."""
+    return checked_job_id(text) if text else ""
+
+
 def checked_command(text: str) -> str:
     """A command as bash can take it."""
     if not text.strip():

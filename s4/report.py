@@ -1,6 +1,6 @@
 """What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
 
-from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, JobSummary, Part, Task
+from s4.summary import EVAL, FAILED, INTERRUPTED, LOST, MISSING, JobSummary, Part, Task
 from s4.text import duration, one_line, size
 
 STDERR_SHOWN = 2000
@@ -43,7 +43,7 @@ def counts(summary: JobSummary) -> str:
 
 def ending(summary: JobSummary) -> str:
     """The line at the end; that of a failure says what to do."""
-    if summary.state in (FAILED, INTERRUPTED):
+    if summary.state in (FAILED, INTERRUPTED) and summary.kind != EVAL:
         return f"job {summary.job} {summary.state}: {counts(summary)}; to do the rest: s4 retry {summary.job}"
     return f"job {summary.job} {summary.state}: {counts(summary)}"
 

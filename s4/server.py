@@ -278,8 +278,8 @@ def _keep_house(node: "Node") -> None:
 def _prepare_environment(conf: Conf, own: Server) -> None:
     """What commands inherit: who runs them, and what they need to call `s4` themselves."""
     os.environ["S4_NODE"] = str(own)
-    if os.path.exists(conf.source):  # not the built-in default
-        os.environ[CONF_ENVIRONMENT] = os.path.abspath(conf.source)
+    # Empty for the built-in default, as which the client takes it.
+    os.environ[CONF_ENVIRONMENT] = os.path.abspath(conf.source) if os.path.exists(conf.source) else ""
     path = os.environ.get("PATH", os.defpath)
     for program in (sys.argv[0], sys.executable):  # of a node of `local`, argv[0] is this file
         folder = os.path.dirname(os.path.abspath(program))

@@ -123,7 +123,7 @@ class Share:
         running = sum(1 for ticket in list(self._commands) if ticket.began_s)
         error = None if self.failure is None else str(self.failure)
         counts = Counts(**{**vars(self._counts), "running": running})
-        finished_s = time.time() if self.ended.is_set() else None
+        finished_s = None if self.state == RUNNING else time.time()
         return ShareRow(self.job, self.state, self._listed, counts, self._started_s, finished_s, error)
 
     def _main(self, on_end: Callable[["Share"], None]) -> None:

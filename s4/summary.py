@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from s4.errors import NodeError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 RUNNING, DONE, FAILED = "running", "done", "failed"
 CANCELLED, INTERRUPTED = "cancelled", "interrupted"
 LOST, MISSING = "lost", "missing"  # states of parts only: the node is down, or never had its share
+UNKNOWN = "unknown"  # of a job that may not be done on a node that is down
 EVAL = "eval"
 
 
@@ -60,6 +62,7 @@ class Share(_Answer):
     retries: int
     keep_going: bool
     skip_existing: bool
+    alone: bool
 
 
 @record
@@ -129,6 +132,7 @@ class Part:
     started_s: float | None = None
     finished_s: float | None = None
     error: str | None = None
+    run: int = 1
 
 
 @record
@@ -199,6 +203,7 @@ def part_of(share: Share) -> Part:
         share.started_s,
         share.finished_s,
         share.error,
+        share.run,
     )
 
 
@@ -218,6 +223,7 @@ def lost_part(node: str, reason: str, last: Share | None, state: str = LOST) -> 
         bytes_out=last.bytes_out,
         started_s=last.started_s,
         error=reason,
+        run=last.run,
     )
 
 
@@ -226,12 +232,16 @@ def _unfinished(share: Share) -> int | None:
 
 
 def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None) -> JobSummary:
-    """The summary of a job; `share` is any share of it, `seconds` without it as the nodes' clocks say."""
+    """The summary of a job; `share` is any share of it. Without `seconds`, they are those of its newest run
+    by the clocks of the nodes, until now if it runs."""
     started = [part.started_s for part in parts if part.started_s is not None]
-    finished = [part.finished_s for part in parts if part.finished_s is not None]
     known = [part.tasks for part in parts if part.tasks is not None]
+    state = state_of(part.state for part in parts)
     if seconds is None:
-        seconds = max(0.0, max(finished, default=0.0) - min(started, default=0.0)) if finished else 0.0
+        newest = [part for part in parts if part.run == max(part.run for part in parts)]
+        finished = [part.finished_s for part in newest if part.finished_s is not None]
+        until = time.time() if state == RUNNING else max(finished, default=0.0)
+        seconds = max(0.0, until - min((part.started_s or until for part in newest), default=until))
     return JobSummary(
         share.id,
         share.run,
@@ -239,7 +249,7 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
         share.indir,
         share.outdir,
         share.command,
-        state_of(part.state for part in parts),
+        state,
         sum(known) if len(known) == len(parts) else None,
         sum(part.done for part in parts),
         sum(part.failed for part in parts),
@@ -255,11 +265,16 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
 
 
 def merged(shares: Iterable[Share], *, complete: bool) -> list[JobSummary]:
-    """Jobs from the shares of several nodes, the newest first; `complete` if no node is missing."""
+    """Jobs from the shares of several nodes, the newest first; `complete` if no node is missing. Otherwise
+    what looks done may not be so there."""
     by_id: dict[str, list[Share]] = {}
     for share in shares:
         by_id.setdefault(share.id, []).append(share)
-    summaries = [summarize(group[0], [part_of(share) for share in group]) for group in by_id.values()]
-    if not complete:
-        summaries = [job if job.kind == EVAL else replace(job, tasks=None) for job in summaries]
+    summaries = []
+    for group in by_id.values():
+        summary = summarize(group[0], [part_of(share) for share in group])
+        if not complete and not group[0].alone:
+            state = UNKNOWN if summary.state == DONE else summary.state
+            summary = replace(summary, tasks=None, state=state)
+        summaries.append(summary)
     return sorted(summaries, key=lambda summary: (summary.started_s, summary.job), reverse=True)

@@ -455,9 +455,16 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
             " values (?, 'map', '', '', '', ?, ?)",
             [*old, ("hangs", "running", -1.0)],
         )
+        # Evals are counted by themselves, however many there are.
+        db.executemany(
+            "insert into jobs (id, kind, indir, outdir, command, state, started_s, alone)"
+            " values (?, 'eval', '', '', '', 'done', ?, 1)",
+            [(f"eval{i}", 1e6 + i) for i in range(1001)],
+        )
     JobIndex(database).prune(1000, 7 * 24 * 3600)
     left = {job for (job,) in _reader(database).execute("select id from jobs")}
-    assert left == {"hangs", *(f"old{i}" for i in range(500, 1500))}
+    evals = {f"eval{i}" for i in range(1, 1001)}
+    assert left == {"hangs", *(f"old{i}" for i in range(500, 1500)), *evals}
 
 
 def test_what_tasks_made_is_found_and_removed(database: Database) -> None:

@@ -116,6 +116,48 @@ def test_a_node_killed_in_the_middle_costs_only_what_it_ran(three: Cluster, kind
     assert "nothing" in three.s4("retry", job, timeout=60).err
 
 
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_node_that_is_stopped_in_a_job_is_told_as_lost(three: Cluster, keep_going: bool) -> None:
+    _put(three, "s4://b/in/", 30)
+    hold = three.work / "hold"
+    hold.touch()
+    command = f"while [ -e {hold} ]; do sleep 0.02; done; cat"
+    options = ["--keep-going"] if keep_going else []
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, *options)
+    eventually(lambda: all(_running_on(node, "sleep\x000.02") for node in three.nodes), 20)
+    job = _job_of(client, three)
+    three.nodes[1].terminate()
+    assert client.stderr is not None
+    said = b""
+    while keep_going and b"are lost" not in said:  # it is told at once, while the others still work
+        line = client.stderr.readline()
+        assert line, said
+        said += line
+    hold.unlink()
+    said += client.communicate(timeout=20)[1]
+    assert client.returncode == 3, said
+    assert str(three.nodes[1]).encode() in said and b"10 of its 10 tasks are lost" in said, said
+    three.nodes[1].start()
+    three.s4("retry", job)
+    assert len(three.keys("s4://b/out/")) == 30
+
+
+def test_an_interrupt_says_which_node_could_not_be_told(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 6)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 7200.5")
+    eventually(lambda: all(_running_on(node, "sleep\x007200.5") for node in three.nodes), 20)
+    job = _job_of(client, three)
+    os.kill(three.nodes[2].pid, signal.SIGSTOP)
+    try:
+        client.send_signal(signal.SIGINT)
+        _out, err = client.communicate(timeout=40)
+    finally:
+        os.kill(three.nodes[2].pid, signal.SIGCONT)
+    assert client.returncode == 130 and b"not everywhere" in err and str(three.nodes[2]).encode() in err, err
+    three.run("cancel", job)
+    eventually(lambda: not procs.running("sleep\x007200.5"), 5)
+
+
 def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
     _put(three, "s4://b/in/", 60)
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.3; cat", "--keep-going")

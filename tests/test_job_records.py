@@ -1,5 +1,6 @@
 """What the index of each node says of jobs and their tasks, and what commands are told of themselves."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,10 @@ def test_a_job_of_an_older_client_is_recorded(cluster: Cluster, bucket: str) -> 
         [share] = [share for share in node.get("/jobs").json() if share["outdir"] == f"{bucket}/old/"]
         assert (share["state"], share["done"], share["id"]) == ("done", 1, answer.json()["job"])
         assert len(_tasks(node, share["id"])) == 1
+        # It is a job of that node, of which the others need not know.
+        assert f"job {share['id']} done: 1/1 tasks done" in cluster.s4("wait", share["id"]).err
+        assert "nothing" in cluster.s4("retry", share["id"]).err
+        assert json.loads(cluster.s4("job", share["id"], "--json").out)["state"] == "done"
 
 
 def test_keys_know_what_made_them(cluster: Cluster, bucket: str) -> None:

@@ -12,7 +12,7 @@ from s4.queries import Result
 from s4.record import asdict, replace
 from s4.report import failure, failure_lines
 from s4.rowformats import FORMATS
-from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, part_of, state_of, summarize
+from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, merged, part_of, state_of, summarize
 from s4.text import duration, one_line, printable, size, table
 from s4.words import Usage, command_of
 
@@ -193,6 +193,7 @@ SHARE = Share(
     retries=0,
     keep_going=True,
     skip_existing=False,
+    alone=False,
 )
 
 
@@ -204,6 +205,23 @@ def test_a_job_is_as_far_as_its_shares() -> None:
     both = _summary(SHARE, replace(SHARE, node="h:2", started_s=999.0))
     assert (both.state, both.tasks, both.done, both.ended, both.started_s) == ("running", 20, 6, 12, 999.0)
     assert _summary(SHARE, replace(SHARE, tasks=None)).tasks is None
+
+
+def test_the_seconds_of_a_job_are_those_of_its_newest_run() -> None:
+    first = replace(SHARE, state="done", started_s=1000.0, finished_s=1003.0)
+    assert _summary(first, replace(first, node="h:2", finished_s=1005.0)).seconds == 5
+    again = replace(first, node="h:2", run=2, started_s=9000.0, finished_s=9002.5)
+    assert _summary(first, again).seconds == 2.5
+    assert _summary(replace(SHARE, started_s=time.time() - 100)).seconds >= 100
+
+
+def test_a_job_is_not_known_to_be_done_while_a_node_is_down() -> None:
+    done = replace(SHARE, state="done", finished_s=1001.0)
+    [whole] = merged([done], complete=True)
+    [partly] = merged([done], complete=False)
+    assert [(job.state, job.tasks) for job in (whole, partly)] == [("done", 10), ("unknown", None)]
+    [own] = merged([replace(done, kind="eval", alone=True)], complete=False)
+    assert own.state == "done"
 
 
 def test_what_a_lost_node_had_to_do_is_lost() -> None:

@@ -26,7 +26,8 @@ class JobRow:
     """A job as it is submitted. `indir` and `outdir` as the user wrote them; an eval has its key as indir.
 
     `timeout` in seconds for each task; `retries` is how often a failed task is tried again; `run` counts
-    from 1 and grows when what failed is run again.
+    from 1 and grows when what failed is run again. `alone`: other nodes have no share of it, for it is an
+    eval or was submitted without an id.
     """
 
     id: str
@@ -39,6 +40,7 @@ class JobRow:
     keep_going: bool = False
     skip_existing: bool = False
     run: int = 1
+    alone: bool = False
 
     def same_work(self, other: "JobRow") -> bool:
         """Whether two jobs are twins: the same command over the same folders."""
@@ -105,7 +107,7 @@ class TaskChange(NamedTuple):
     stderr: bytes = b""
 
 
-_JOB = "id, kind, indir, outdir, command, timeout_s, retries, keep_going, skip_existing, run"
+_JOB = "id, kind, indir, outdir, command, timeout_s, retries, keep_going, skip_existing, run, alone"
 _SHARE = (
     f"SELECT {_JOB}, state, listed, tasks, done, failed, cancelled, skipped, bytes_in, bytes_out,"
     " started_s, finished_s, error FROM jobs"
@@ -137,7 +139,7 @@ class JobIndex:
         with self._db.write() as db:
             db.execute(
                 f"INSERT INTO jobs ({_JOB}, state, listed, started_s)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'running', 0, ?)",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'running', 0, ?)",
                 (
                     job.id,
                     job.kind,
@@ -149,6 +151,7 @@ class JobIndex:
                     job.keep_going,
                     job.skip_existing,
                     job.run,
+                    job.alone,
                     time.time(),
                 ),
             )
@@ -244,8 +247,8 @@ class JobIndex:
             ),
         )
 
-    def end(self, job_id: str, state: str, error: str | None) -> None:
-        """A share ended; tasks that never began are cancelled."""
+    def end(self, job_id: str, state: str, error: str | None, finished_s: float | None = None) -> None:
+        """A share ended, now or at `finished_s`; tasks that never began are cancelled."""
         if state != DONE:
             self._in_steps(
                 f"UPDATE tasks SET state = 'cancelled' WHERE job = ? AND task > ? AND state IN {_UNFINISHED}",
@@ -255,7 +258,7 @@ class JobIndex:
             db.execute(_COUNTS + "WHERE id = ?", (job_id,))
             db.execute(
                 "UPDATE jobs SET state = ?, error = ?, finished_s = ? WHERE id = ?",
-                (state, error, time.time(), job_id),
+                (state, error, time.time() if finished_s is None else finished_s, job_id),
             )
 
     def share(self, job_id: str) -> ShareRow:
@@ -320,13 +323,18 @@ class JobIndex:
         return found
 
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
-        """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough."""
+        """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough.
+
+        Jobs of this node alone are counted by themselves, so that all nodes forget the others alike.
+        """
+        doomed: list[tuple[str]] = []
         with self._db.read() as db:
-            doomed = db.execute(
-                "SELECT id FROM jobs WHERE state != 'running' AND started_s < ? AND id NOT IN"
-                " (SELECT id FROM jobs ORDER BY started_s DESC LIMIT ?)",
-                (time.time() - keep_seconds, keep_jobs),
-            ).fetchall()
+            for alone in (False, True):
+                doomed += db.execute(
+                    "SELECT id FROM jobs WHERE alone = ? AND state != 'running' AND started_s < ?"
+                    " AND id NOT IN (SELECT id FROM jobs WHERE alone = ? ORDER BY started_s DESC LIMIT ?)",
+                    (alone, time.time() - keep_seconds, alone, keep_jobs),
+                )
         for (job_id,) in doomed:
             self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
             self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
@@ -334,7 +342,7 @@ class JobIndex:
                 db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     def interrupt_running(self) -> None:
-        """At the start of a node: what ran when it stopped is lost."""
+        """At the start of a node: what ran when it stopped is lost. It counts as ended with its last task."""
         with self._db.read() as db:
             running = db.execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
         for (job_id,) in running:
@@ -343,7 +351,12 @@ class JobIndex:
                 " WHERE job = ? AND task > ? AND state = 'running'",
                 job_id,
             )
-            self.end(job_id, INTERRUPTED, STOPPED)
+            with self._db.read() as db:
+                last = "SELECT max(started_s + coalesce(seconds, 0)) FROM tasks WHERE job = ?"
+                [(finished_s,)] = db.execute(
+                    f"SELECT coalesce(({last}), started_s) FROM jobs WHERE id = ?", (job_id, job_id)
+                )
+            self.end(job_id, INTERRUPTED, STOPPED, finished_s)
 
     def running_outdirs(self) -> list[str]:
         """Where jobs that run, or ran when the node stopped, put their outputs."""
@@ -354,7 +367,7 @@ class JobIndex:
 
 
 def _share(row: tuple[Any, ...]) -> ShareRow:
-    job_id, kind, indir, outdir, command, timeout, retries, keep_going, skip_existing, run = row[:10]
+    job_id, kind, indir, outdir, command, timeout, retries, keep_going, skip_existing, run, alone = row[:11]
     job = JobRow(
         job_id,
         kind,
@@ -366,8 +379,9 @@ def _share(row: tuple[Any, ...]) -> ShareRow:
         bool(keep_going),
         bool(skip_existing),
         run,
+        bool(alone),
     )
-    return ShareRow(job, row[10], bool(row[11]), Counts(*map(int, row[12:19])), *row[19:])
+    return ShareRow(job, row[11], bool(row[12]), Counts(*map(int, row[13:20])), *row[20:])
 
 
 def _stored_text(text: str) -> str | bytes:

@@ -54,6 +54,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "retries": "how often a failed task is tried again",
         "keep_going": "1: the other tasks run on after a failure",
         "skip_existing": "1: inputs whose output exists are skipped",
+        "alone": "1: other nodes have no share of it: an eval, or submitted without an id",
     },
     "tasks": {
         "job": _JOB,
