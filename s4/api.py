@@ -389,7 +389,8 @@ class Eval:
     (of long outputs the last MiB).
 
     With `raw=true` the body is always stdout followed by stderr, byte for byte, and headers tell the exit
-    code and the length of stderr. `timeout` is the time limit in seconds.
+    code and the length of stderr. `timeout` is the time limit in seconds, `job` the id; 409 for one that was
+    used before.
     """
 
     def __init__(self, node: Node) -> None:

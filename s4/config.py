@@ -1,4 +1,4 @@
-"""The conf file: which servers make up the ring, in which order."""
+"""The conf file, which says what servers make up the ring in which order, and S4_TIMEOUT."""
 
 import os
 import re

@@ -176,8 +176,7 @@ def _submit(client: Client, request: Request, job: str) -> dict[str, Share]:
 
 
 def _check_no_twin(client: Client, request: Request) -> None:
-    parameters = {"state": RUNNING, "limit": "1000"}
-    for shares in at_once(lambda server: jobcalls.shares(client, server, **parameters), client.servers()):
+    for shares in at_once(lambda server: jobcalls.shares(client, server, state=RUNNING), client.servers()):
         for share in shares:
             if request.is_twin(share):
                 raise OverlapError(f"job {share.id} is still running: {request.kind} of {request.indir}")

@@ -135,8 +135,8 @@ class Jobs:
             except S4Error as e:
                 log.warning("job %s: its failure is not told: %s", job.id, e)
 
-    def cancel(self, job_id: str, run: int | None) -> ShareRow:
-        """End a share, up to the run `run`, and everything it runs; its record afterwards.
+    def cancel(self, job_id: str, run: int | None) -> bool:
+        """Have a share end, up to the run `run`, and everything it runs; whether it will, for it runs.
 
         Raises MissingError if there is no such job here; it will not begin later either.
         """
@@ -150,11 +150,11 @@ class Jobs:
                     raise
                 if run is not None and run > ended.job.run:  # a retry of which we do not know yet
                     self._cancelled[job_id] = (run, time.monotonic())
-                return ended
-        if run is None or run >= share.job.run:
-            share.cancel(CancelledError(f"job {job_id} was cancelled"))
-            share.ended.wait(STOP_SECONDS)
-        return self.status(job_id)
+                return False
+        if run is not None and run < share.job.run:
+            return False
+        share.cancel(CancelledError(f"job {job_id} was cancelled"))
+        return True
 
     def running(self, job_id: str) -> Share | None:
         """The share of a job if it runs."""

@@ -14,7 +14,7 @@ from s4.evals import Evals
 from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Records, ShareRow
 from s4.index.keys import ListRow
 from s4.index.query import run_query
-from s4.jobs import Jobs, outcome, row_of
+from s4.jobs import STOP_SECONDS, Jobs, outcome, row_of
 from s4.keys import owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
 from s4.shares import Parts
@@ -163,7 +163,7 @@ class Node:
     def cancel(self, job_id: str, run: int | None) -> ShareRow:
         """End a job or an eval here and everything it runs; its record afterwards. Raises MissingError."""
         self.evals.cancel(job_id)
-        return self.jobs.cancel(job_id, run)
+        return self.await_job(job_id, STOP_SECONDS if self.jobs.cancel(job_id, run) else 0)
 
     def stat(self, key: str) -> tuple[KeyRow, str]:
         """A key's row and the path of its file. Raises MissingError."""

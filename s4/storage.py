@@ -1,6 +1,6 @@
 """The files of a node, below its data folder.
 
-    _tempfiles/   bytes that arrive or were just made, not yet a key
+    _tempfiles/   bytes that have arrived or were made, not yet a key
     _tempdirs/    a folder per running command
     _index/       node.db
     _run/         what the worker processes need while they run
@@ -15,14 +15,17 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
 import os
-import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 
 from s4.errors import ConflictError, MissingError, S4Error
 from s4.keys import url
+
+log = logging.getLogger("s4.storage")
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, 64 bits
@@ -176,7 +179,10 @@ class Storage:
         for folder in ("_tempfiles", "_tempdirs"):
             for entry in os.scandir(os.path.join(self.root, folder)):
                 if entry.name == name or entry.name.startswith(name + "."):
-                    remove_tree(entry.path)
+                    try:
+                        remove_tree(entry.path)
+                    except OSError as e:
+                        log.warning("%s stays until the next start: %s", entry.path, e.strerror)
 
     def empty_temporary(self) -> None:
         """Remove everything that is not a key: what a node that was killed left."""
@@ -220,27 +226,40 @@ def spread_folders(fd: int) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file or folder of whatever modes a command left behind. What is gone already is fine."""
+    """Remove a file or folder, of whatever modes and depth a command left it. What is gone already is fine.
 
-    def make_writable_and_retry(function: Callable[..., object], name: str, _error: object) -> None:
+    Folders in it are brought up beside it one by one, for paths have a limit, and so has recursion.
+    """
+    try:
+        os.unlink(path)
+        return
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):
+        pass
+    pending = [path]
+    while pending:
+        folder = pending[-1]
         with contextlib.suppress(FileNotFoundError):
-            os.chmod(os.path.dirname(name), 0o700)
-            if os.path.isdir(name) and not os.path.islink(name):
-                os.chmod(name, 0o700)
-                shutil.rmtree(name, ignore_errors=True)
-            else:
-                function(name)
-
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            os.unlink(path)
-        except (IsADirectoryError, PermissionError):
-            shutil.rmtree(path, onerror=make_writable_and_retry)
+            os.chmod(folder, 0o700)
+            for name in os.listdir(folder):
+                entry = os.path.join(folder, name)
+                try:
+                    os.unlink(entry)
+                except FileNotFoundError:
+                    pass
+                except (IsADirectoryError, PermissionError):
+                    aside = os.path.join(os.path.dirname(path), f".{uuid.uuid4()}")
+                    os.chmod(entry, 0o700)
+                    os.rename(entry, aside)
+                    pending.append(aside)
+            if pending[-1] == folder:
+                os.rmdir(folder)
+        if pending[-1] == folder:
+            pending.pop()
 
 
 def _explained(path: str, e: OSError) -> S4Error:
-    if isinstance(e, S4Error):
-        return e
     if e.errno in (errno.ELOOP, errno.ENOTDIR):
         return ConflictError(
             f"{url(path)}: something that is no folder of keys, such as a symbolic link, is in the way"

@@ -87,7 +87,7 @@ class _Transfer:
     uuid: str
     paths: list[str]
     ticket: Ticket
-    files: list[str]  # of a put: where the bytes arrive
+    files: list[str]  # of a put: where the bytes are once they have arrived
     makers: list[tuple[str | None, int | None]] = field(default_factory=list)  # and the job and task of each
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True

@@ -35,7 +35,7 @@ BIN = Path(sys.executable).parent
 S4 = str(BIN / "s4")
 SERVER = str(BIN / "s4-server")
 START_SECONDS = 30
-STOP_SECONDS = 5  # what the issue allows a SIGTERM
+STOP_SECONDS = 5  # what a node may take after a SIGTERM
 TIMEZONE = "TST-05:30"  # far from UTC, so that a listing in UTC is noticed
 
 # An address and a range of ports that no other test process has, below those that the kernel hands out.

@@ -1,10 +1,11 @@
 """Corners of eval and jobs: shell characters in keys, odd commands and outputs, bad requests, leftovers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import procs
 import pytest
 from cluster import Cluster
 from procs import eventually
@@ -26,6 +27,13 @@ SHELL_NAMES = [
     "-n",
 ]
 JOBS = ["map", "map_to_n", "map_from_n"]
+
+
+@pytest.fixture(scope="module")
+def one_slot() -> Iterator[Cluster]:
+    """A cluster of one node that runs one command at a time."""
+    with Cluster(1, ["--max-cpu-jobs", "1"]) as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("name", SHELL_NAMES)
@@ -138,16 +146,54 @@ def test_a_command_that_closes_its_standard_files_spoils_none_for_the_next(
     cluster.s4(kind, "s4://b/in/", "s4://b/again/", "xargs -r cat; ls")
 
 
-def test_a_command_that_removes_the_folder_of_its_worker_costs_only_itself(
-    start_cluster: Callable[..., Cluster],
+OUT, ERR = (f"e=$(readlink /proc/$BASHPID/fd/{fd})" for fd in (1, 2))
+TAMPERING = {
+    "the folder of the worker is removed": f'{ERR}; rm -r "$(dirname $e)"; echo x',
+    "a stranger in the folder": f'{ERR}; touch "$(dirname $e)/arriving" "$(dirname $e)/stranger"',
+    "the job file is linked": f'{ERR}; ln "$(dirname $e)/job" x; chmod 0 x',
+    "stderr is a fifo": f"{ERR}; rm $e; mkfifo $e; sleep 7300",
+    "stderr is a folder": f"{ERR}; rm $e; mkdir $e; sleep 7300",
+    "stderr is a link to itself": f"{ERR}; rm $e; ln -s $e $e; sleep 7300",
+    "stdout is a fifo": f"{OUT}; rm $e; mkfifo $e; echo hi",
+    "a process with a strange name": "cp \"$(type -P sleep)\" 'VmHWM:a'; './VmHWM:a' 0.3",
+    "a deep folder": "for i in {1..2000}; do mkdir d; cd d; done; echo x > file",
+    "folders that nobody may enter": "mkdir -p a/b; echo secret > a/b/left; chmod 0 a/b a",
+}
+
+
+@pytest.mark.parametrize("kind", ["eval", "map", "map-to-n"])
+@pytest.mark.parametrize("what", TAMPERING)
+def test_what_a_command_does_to_the_files_of_its_worker_costs_only_itself(
+    one_slot: Cluster, bucket: str, what: str, kind: str
 ) -> None:
-    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
-    cluster.put("s4://b/000", b"data")
-    cluster.fails("eval", "s4://b/000", 'rm -r "$(dirname "$(readlink /proc/self/fd/2)")"; echo x', code=1)
-    for i in range(8):  # whichever worker it is
-        assert cluster.s4("eval", "s4://b/000", "cat; echo noise >&2").out == b"data"
-        cluster.put(f"s4://b/more/{i:03}", b"more")
-    cluster.nodes[0].check()
+    key = f"{bucket}/in/000"
+    one_slot.put(key, b"data")
+    place = [key] if kind == "eval" else [f"{bucket}/in/", f"{bucket}/out/"]
+    one_slot.run(kind, *place, TAMPERING[what], env={"S4_TIMEOUT": "1"}, timeout=20)
+    for i in range(6):  # whichever worker it is
+        result = one_slot.s4("eval", key, "cat; ls -A; echo noise >&2")
+        assert (result.out, result.err) == (b"data", "noise\n")
+        one_slot.put(f"{bucket}/more/{i:03}", b"more")
+    eventually(lambda: not procs.running("sleep\x007300"), 5)
+    one_slot.nodes[0].check()
+    assert "Traceback" not in one_slot.nodes[0].log
+
+
+def test_an_output_that_is_another_name_of_stderr_stays_as_it_is(one_slot: Cluster, bucket: str) -> None:
+    one_slot.put_all({f"{bucket}/in/{i:03}": b"" for i in range(3)})
+    command = f"echo noise >&2; {ERR}; ln $e out; echo out"
+    one_slot.s4("map-to-n", f"{bucket}/in/", f"{bucket}/out/", command)
+    assert set(one_slot.contents(f"{bucket}/out/").values()) == {b"noise\n"}
+    one_slot.nodes[0].check()
+
+
+@pytest.mark.parametrize(
+    "data", ["head -c 3000000 /dev/urandom | tr -d '\\n'", "head -c 20000000 /dev/zero | tr '\\0' '\\n'"]
+)
+def test_data_in_place_of_names_is_one_short_line(one_slot: Cluster, bucket: str, data: str) -> None:
+    one_slot.put(f"{bucket}/in/000", b"x")
+    error = one_slot.fails("map-to-n", f"{bucket}/in/", f"{bucket}/out/", data, says="it printed", code=1)
+    assert len(error) < 2000
 
 
 def test_an_input_that_goes_while_its_command_waits_fails_that_task_alone(

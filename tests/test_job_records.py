@@ -97,7 +97,6 @@ def test_a_command_finds_s4_although_the_server_has_it_not_on_its_path(
     assert not (Path("/usr/bin") / "s4").exists()
     cluster.s4("map", "s4://b/in/", "s4://b/out/", "s4 servers")
     assert cluster.get("s4://b/out/x").decode() == f"{cluster.nodes[0]}\n"
-    assert BIN.exists()
 
 
 def test_a_task_says_how_it_failed(cluster: Cluster, bucket: str) -> None:

@@ -6,10 +6,13 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import Scratch, read_tail
+from s4.workers.scratch import Scratch, open_made, read_tail
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
+MAX_LISTING_BYTES = 16 * 1024 * 1024  # of the names that a map-to-n prints: half a million of usual length
+MAX_PATH_BYTES = 4096  # of Linux
+SHOWN_CHARACTERS = 200  # of a name that is no good
 _FOLDER_MODE = 0o700
 
 
@@ -21,10 +24,9 @@ class Commands:
         self._shell = Shell(scratch.job)
 
     def run(self, task: Command) -> Ran:
-        """Run a command and make its outputs finished files beside its folder."""
+        """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
         scratch = self._scratch
         stdin, stdout = task.stdin, scratch.listing if task.collect == "paths" else scratch.stdout
-        scratch.renew()
         self._give_folder(task.folder)
         try:
             if stdin is None:
@@ -37,7 +39,7 @@ class Commands:
             outputs: list[StoredFile] = []
             errors: StoredFile | None = None
             problem = ""
-            tail = self._read_stderr()
+            tail = read_tail(scratch.stderr)
             if task.collect == "eval":
                 outputs = [_finished(stdout, task.work + ".out")]
                 errors = _finished(scratch.stderr, task.work + ".err")
@@ -48,8 +50,8 @@ class Commands:
                 outputs = [
                     _finished(path, f"{task.work}.{i}", name) for i, (name, path) in enumerate(files.items())
                 ]
-            if tail and errors is None:
-                os.truncate(scratch.stderr, 0)
+            if tail and errors is None:  # the next command must not seem to have said it
+                os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
             self._take_folder(task.folder)
@@ -75,59 +77,52 @@ class Commands:
             pass
         remove_tree(folder)
 
-    def _read_stderr(self) -> bytes:
-        """The end of what a command wrote."""
-        path = self._scratch.stderr
-        try:
-            return read_tail(path)
-        except PermissionError:  # the command has closed it to itself and to us
-            os.chmod(path, 0o600)
-            return read_tail(path)
-
 
 def _finished(made: str, target: str, name: str = "") -> StoredFile:
     """Make an output immutable, with no writer, mode 0444 and its checksum known, and move it to `target`."""
-    try:
-        fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except PermissionError:
-        if os.path.islink(made):
-            raise
-        os.chmod(made, 0o444)
-        fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = open_made(made)
     try:
         os.fchmod(fd, 0o444)
         size, checksum = checksum_of(fd)
     finally:
         os.close(fd)
-    os.rename(made, target)
+    try:
+        os.rename(made, target)
+    except PermissionError:  # the command has closed the folder
+        os.chmod(os.path.dirname(made), 0o700)
+        os.rename(made, target)
     return StoredFile(target, size, checksum, name)
 
 
 def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
     """The files that a command printed, path by name; or what is wrong."""
-    with open(listing, "rb") as f:
+    with open(open_made(listing), "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > MAX_LISTING_BYTES:
+            return {}, f"it printed {size} bytes: the names of files are expected, not what is in them"
         printed = [line for line in f.read().split(b"\n") if line.strip()]
     top = os.path.realpath(folder)
     found: dict[str, str] = {}
     paths: set[str] = set()
     for raw in printed:
         text = os.fsdecode(raw)
-        if "\0" in text:
-            return {}, f"it printed {text!r}, which is no path"
+        said = f"it printed {text[:SHOWN_CHARACTERS]!r}{'…' if len(text) > SHOWN_CHARACTERS else ''}"
+        if "\0" in text or len(raw) > MAX_PATH_BYTES:
+            return {}, f"{said}, which is no path"
         path = os.path.realpath(os.path.join(top, text))
         name = os.path.basename(os.path.normpath(text))
         if os.path.commonpath([top, path]) != top:
-            return {}, f"it printed {text!r}, which leaves its folder"
+            return {}, f"{said}, which leaves its folder"
         try:
             mode = os.stat(path).st_mode
         except OSError as e:
-            return {}, f"it printed {text!r}: {e.strerror}"
+            return {}, f"{said}: {e.strerror}"
         if not stat.S_ISREG(mode):
-            return {}, f"it printed {text!r}, which is not a file"
+            return {}, f"{said}, which is not a file"
         if name in found:
-            return {}, f"it printed {text!r}, but a file of that name was printed before"
+            return {}, f"{said}, but a file of that name was printed before"
         if path in paths:  # by a symbolic link
-            return {}, f"it printed {text!r}, which is another name of a file that it printed before"
+            return {}, f"{said}, which is another name of a file that it printed before"
         found[name] = path
         paths.add(path)
     return found, ""

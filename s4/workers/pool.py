@@ -356,11 +356,14 @@ class Pool:
         files = Scratch(self._scratch, worker.pid)
         if ticket is not None:
             ticket.stderr = read_tail(files.stderr)
-        files.remove()
         if worker.reason is None:
             log.warning("worker %d died, exit code %s", worker.pid, exitcode)
         if ticket is not None:
             self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
+        try:
+            files.remove()
+        except OSError as e:
+            log.warning("the files of worker %d stay until the next start: %s", worker.pid, e)
 
     def _finish(self, ticket: Ticket, answer: Result, error: S4Error | None) -> None:
         try:

@@ -99,8 +99,8 @@ def _status(pid: int) -> tuple[int, int]:
         status = _contents(f"/proc/{pid}/status")
     except OSError:  # it is gone
         return 0, 1
-    memory = status.partition(b"VmHWM:")[2].split(None, 1)  # a zombie has none
-    return 1024 * int(memory[0]) if memory else 0, int(status.partition(b"Threads:")[2].split(None, 1)[0])
+    memory = status.partition(b"\nVmHWM:")[2].split(None, 1)  # a zombie has none
+    return 1024 * int(memory[0]) if memory else 0, int(status.partition(b"\nThreads:")[2].split(None, 1)[0])
 
 
 def _contents(path: str) -> bytes:

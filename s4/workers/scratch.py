@@ -5,10 +5,10 @@ ext4 a new file is much cheaper where few were removed of late (storage.spread_f
 files and folders are kept for the next command rather than removed.
 """
 
-import contextlib
 import os
 import stat
 
+from s4.errors import S4Error
 from s4.storage import remove_tree
 
 TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
@@ -27,29 +27,54 @@ class Scratch:
         self.folder = os.path.join(self.root, "folder")  # empty, for the next command
         self.arriving = os.path.join(self.root, "arriving")  # a key that is received, until it is moved away
 
-    def make(self) -> None:
-        """Make the folder of the worker, if it is not there or a command has removed it."""
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.root, 0o700)
-
     def renew(self) -> None:
-        """Remove what the command before has made useless for the next, such as by `chmod 0 /dev/stderr`."""
-        for path in (self.stdin, self.stdout, self.stderr, self.listing):
-            with contextlib.suppress(FileNotFoundError):
-                mode = os.lstat(path).st_mode
-                if not stat.S_ISREG(mode) or mode & 0o600 != 0o600:
-                    remove_tree(path)
+        """Have the folder as the next task needs it, whatever a command has done to it. Raises OSError."""
+        try:
+            if not _is_own_folder(os.lstat(self.root)):
+                remove_tree(self.root)
+                os.mkdir(self.root, 0o700)
+        except FileNotFoundError:
+            os.mkdir(self.root, 0o700)
+        for entry in list(os.scandir(self.root)):
+            found = entry.stat(follow_symlinks=False)
+            good = _is_own_folder(found) if entry.path == self.folder else _is_own_file(found)
+            if not good or entry.path in (self.stdout, self.arriving):
+                remove_tree(entry.path)
 
     def remove(self) -> None:
         """Remove everything, when the worker is gone."""
         remove_tree(self.root)
 
 
-def read_tail(path: str) -> bytes:
-    """The last 64 KB of what a command wrote to stderr, none if it could not even be started."""
+def _is_own_folder(found: os.stat_result) -> bool:
+    return stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == 0o700
+
+
+def _is_own_file(found: os.stat_result) -> bool:
+    """Whether a file can be written again: it is one, may be, and has no other name, such as of an output."""
+    return stat.S_ISREG(found.st_mode) and found.st_mode & 0o600 == 0o600 and found.st_nlink == 1
+
+
+def open_made(path: str) -> int:
+    """A descriptor that reads a file which a command may have changed for something else.
+
+    Raises S4Error if it is no plain file any more, OSError.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo would block
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise S4Error(f"{path} is no file any more: the command has put something else there")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return os.open(path, flags)
+    except PermissionError:  # the command has closed it to itself and to us
+        os.chmod(path, 0o600)
+        return os.open(path, flags)
+
+
+def read_tail(path: str) -> bytes:
+    """The last 64 KB of what a command wrote to stderr, none if there is no such file."""
+    try:
+        fd = open_made(path)
+    except (OSError, S4Error):
         return b""
     try:
         size = os.fstat(fd).st_size

@@ -60,9 +60,11 @@ class Send:
 class Command:
     """Run a bash command.
 
-    `folder` is made for it and removed afterwards; `work` is the beginning of paths for its files beside
-    that folder. Input: the file `stdin`, or the lines of `input_lines`. `collect` says what becomes of its
-    output: "stdout" (one file), "paths" (the files that stdout names). Answers Ran.
+    `folder` is its own, empty at first, and gone afterwards; `work` is the beginning of the paths of its
+    finished outputs. Input: the file `stdin`, or the lines of `input_lines`. Answers Ran.
+
+    `collect` says what becomes of its output: "stdout" (one file), "paths" (the files that stdout names),
+    "eval" (stdout and stderr, whatever the exit code).
     """
 
     command: str

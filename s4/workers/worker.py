@@ -42,7 +42,7 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
             break
         answer: Result
         try:
-            files.make()
+            files.renew()
             answer = _perform(task, fds, files, commands)
         except S4Error as e:
             answer = Failure(type(e).__name__, str(e))
