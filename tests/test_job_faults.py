@@ -207,7 +207,8 @@ def test_a_killed_worker_costs_one_attempt(three: Cluster) -> None:
 def test_a_job_outlives_its_client_and_wait_picks_it_up(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.2; cat")
-    eventually(lambda: _running_on(three.nodes[0], "sleep\x000.2"), 20)
+    # It is submitted everywhere, not only to the first.
+    eventually(lambda: all(node.get("/jobs").json() for node in three.nodes), 20)
     job = _job_of(client, three)
     client.kill()
     client.wait()
