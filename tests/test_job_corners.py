@@ -146,7 +146,7 @@ def test_a_command_that_closes_its_standard_files_spoils_none_for_the_next(
     cluster.s4(kind, "s4://b/in/", "s4://b/again/", "xargs -r cat; ls")
 
 
-OUT, ERR = (f"e=$(readlink /proc/$BASHPID/fd/{fd})" for fd in (1, 2))
+OUT, ERR = (f"p=$BASHPID; e=$(readlink /proc/$p/fd/{fd})" for fd in (1, 2))
 TAMPERING = {
     "the folder of the worker is removed": f'{ERR}; rm -r "$(dirname $e)"; echo x',
     "a stranger in the folder": f'{ERR}; touch "$(dirname $e)/arriving" "$(dirname $e)/stranger"',
