@@ -231,3 +231,17 @@ def test_a_running_task_is_seen(cluster: Cluster, bucket: str) -> None:
     cluster.s4("cancel", job)
     [task] = _tasks(node, job)
     assert (task["state"], task["attempt"], task["exit_code"]) == ("cancelled", 1, None)
+
+
+def test_a_cancel_that_comes_before_its_retry_holds(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    node = cluster.owner(f"{bucket}/in/000")
+    job = f"late-{bucket[5:]}"
+    body = {"cmd": "exit 3", "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/", "job": job}
+    assert node.post_json("/map", body).status == 400
+    assert node.post("/cancel", job=job, run="2").json()["state"] == "failed"  # the run that it knows
+    retried = node.post_json("/retry", body | {"kind": "map", "run": 2})
+    assert retried.status == 200, retried
+    eventually(lambda: node.get("/job", job=job, wait="1").json()["state"] == "cancelled", 10)
+    assert node.post_json("/retry", body | {"kind": "map", "run": 3}).status == 200
+    eventually(lambda: node.get("/job", job=job, wait="1").json()["state"] == "failed", 10)
