@@ -74,11 +74,11 @@ class Evals:
             urgent=True,
         )
         with self._gate.waiting():
-            self._check_new(job_id)
             if self._running.setdefault(job_id, ticket) is not ticket:
                 raise ConflictError(f"job {job_id} is running already")
             recorded = False
             try:
+                self._check_new(job_id)
                 parts.pool.submit(ticket)
                 wait_for_slot(parts.pool, ticket)  # who is turned away here comes again with the same id
                 self._begin(job, task)

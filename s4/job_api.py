@@ -21,6 +21,7 @@ from s4.parameters import (
     checked_job_id,
     checked_prefix,
     flag,
+    is_size,
     json_lines,
     json_object,
     needed,
@@ -184,11 +185,13 @@ class RemoveOutputs:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         try:
             makers = [
-                (str(folder), checked_job_id(job), int(task))
+                (str(folder), checked_job_id(job), task)
                 for folder, job, task in json.loads(req.bounded_stream.read())
             ]
         except (ValueError, TypeError, RecursionError):
-            raise BadRequestError("the body must be a JSON list of [folder, job, task]") from None
+            makers = []
+        if not makers or not all(is_size(task) for _folder, _job, task in makers):
+            raise BadRequestError("the body must be a JSON list of [folder, job, task]")
         self._node.remove_made(needed(query_of(req), "prefix"), makers)
         resp.text = "removed"
 

@@ -132,6 +132,8 @@ class Node:
 
     def remove_made(self, folder: str, makers: Sequence[tuple[str, str | None, int | None]]) -> None:
         """Remove the keys here that tasks made, given as `makers` tells them. Raises S4Error."""
+        for name, _job, _task in makers:
+            parse_folder(f"{folder}{name}/")
         with self.removals.waiting():
             self.keys.remove_made(parse_folder(folder), makers, self.storage.unlink)
 

@@ -44,20 +44,17 @@ class Storage:
         try:
             for name in ("_index", *_FLEETING_FOLDERS):
                 os.makedirs(os.path.join(self.root, name), exist_ok=True)
-            run = os.open(self.run_folder, _FOLDER_FLAGS)
-            try:
+            self._root_fd = os.open(self.root, _FOLDER_FLAGS)
+            with self._folder("_run") as run:
                 spread_folders(run)
-            finally:
-                os.close(run)
             self._lock = os.open(os.path.join(self.root, "_index", "lock"), os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as e:
             raise S4Error(f"data folder {root}: {e.strerror}") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
+            self.close()
             raise S4Error(f"data folder {root} is in use by another s4-server; stop that one first") from None
-        self._root_fd = os.open(self.root, _FOLDER_FLAGS)
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -238,7 +238,8 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
     known = [part.tasks for part in parts if part.tasks is not None]
     state = state_of(part.state for part in parts)
     if seconds is None:
-        newest = [part for part in parts if part.run == max(part.run for part in parts)]
+        run = max(part.run for part in parts)
+        newest = [part for part in parts if part.run == run]
         finished = [part.finished_s for part in newest if part.finished_s is not None]
         until = time.time() if state == RUNNING else max(finished, default=0.0)
         seconds = max(0.0, until - min((part.started_s or until for part in newest), default=until))

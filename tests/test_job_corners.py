@@ -156,6 +156,8 @@ TAMPERING = {
     "stderr is a link to itself": f"{ERR}; rm $e; ln -s $e $e; sleep 7300",
     "stdout is a fifo": f"{OUT}; rm $e; mkfifo $e; echo hi",
     "a process with a strange name": "cp \"$(type -P sleep)\" 'VmHWM:a'; './VmHWM:a' 0.3",
+    "the shell is given another answer": "setsid sleep 7300 & echo junk > /proc/$$/fd/1; sleep 7300",
+    "stdout is a folder": f"{OUT}; rm $e; mkdir -p $e/x; echo hi",
     "a deep folder": "for i in {1..2000}; do mkdir d; cd d; done; echo x > file",
     "folders that nobody may enter": "mkdir -p a/b; echo secret > a/b/left; chmod 0 a/b a",
 }
@@ -177,6 +179,28 @@ def test_what_a_command_does_to_the_files_of_its_worker_costs_only_itself(
     eventually(lambda: not procs.running("sleep\x007300"), 5)
     one_slot.nodes[0].check()
     assert "Traceback" not in one_slot.nodes[0].log
+
+
+@pytest.mark.parametrize(
+    ("body", "prefix"),
+    [
+        ("", "s4://b/out/"),
+        ("{}", "s4://b/out/"),
+        ('[["x", "job"]]', "s4://b/out/"),
+        ('[["x", "bad id", 1]]', "s4://b/out/"),
+        ('[["x", "job", 1e30]]', "s4://b/out/"),
+        ('[["x", "job", 1000000000000000000000000000000]]', "s4://b/out/"),
+        ('[["\\ud800", "job", 1]]', "s4://b/out/"),
+        ('[["..", "job", 1]]', "s4://b/out/"),
+        ('[["x", "job", 1]]', "s4://b/out"),
+    ],
+)
+def test_a_bad_request_to_remove_outputs_is_400(one_slot: Cluster, body: str, prefix: str) -> None:
+    node = one_slot.nodes[0]
+    assert node.post("/remove_outputs", body=body.encode(), prefix=prefix).status == 400
+    assert node.get("/outputs", prefix="s4://b/out").status == node.get("/outputs").status == 400
+    assert node.get("/jobs", prefix="\udcff").status == 400
+    assert "Traceback" not in node.log
 
 
 def test_an_output_that_is_another_name_of_stderr_stays_as_it_is(one_slot: Cluster, bucket: str) -> None:

@@ -352,9 +352,10 @@ class JobIndex:
                 job_id,
             )
             with self._db.read() as db:
-                last = "SELECT max(started_s + coalesce(seconds, 0)) FROM tasks WHERE job = ?"
                 [(finished_s,)] = db.execute(
-                    f"SELECT coalesce(({last}), started_s) FROM jobs WHERE id = ?", (job_id, job_id)
+                    "SELECT coalesce(max(tasks.started_s + coalesce(seconds, 0)), jobs.started_s)"
+                    " FROM jobs LEFT JOIN tasks ON job = id WHERE id = ?",
+                    (job_id,),
                 )
             self.end(job_id, INTERRUPTED, STOPPED, finished_s)
 

@@ -6,14 +6,13 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import Scratch, open_made, read_tail
+from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
 MAX_LISTING_BYTES = 16 * 1024 * 1024  # of the names that a map-to-n prints: half a million of usual length
 MAX_PATH_BYTES = 4096  # of Linux
 SHOWN_CHARACTERS = 200  # of a name that is no good
-_FOLDER_MODE = 0o700
 
 
 class Commands:
@@ -26,6 +25,7 @@ class Commands:
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
         scratch = self._scratch
+        scratch.renew()
         stdin, stdout = task.stdin, scratch.listing if task.collect == "paths" else scratch.stdout
         self._give_folder(task.folder)
         try:
@@ -55,20 +55,19 @@ class Commands:
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
             self._take_folder(task.folder)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch.stdout)
+            remove_tree(scratch.stdout)
 
     def _give_folder(self, folder: str) -> None:
         """Give a command its empty folder, that of the one before if there is one."""
         with contextlib.suppress(FileExistsError):
-            os.mkdir(self._scratch.folder, _FOLDER_MODE)
+            os.mkdir(self._scratch.folder, FOLDER_MODE)
         os.rename(self._scratch.folder, folder)
 
     def _take_folder(self, folder: str) -> None:
         """Empty the folder of a command and keep it for the next; one that was tampered with goes."""
         try:
             # Looked at first: what a command put in its place, such as a link, must not be followed.
-            if os.lstat(folder).st_mode == stat.S_IFDIR | _FOLDER_MODE:
+            if is_own_folder(os.lstat(folder)):
                 for name in os.listdir(folder):
                     remove_tree(os.path.join(folder, name))
                 os.rename(folder, self._scratch.folder)

@@ -276,7 +276,7 @@ class Pool:
                 self._retire(now)
             deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
             self._wakes_at = min([self._retires_at, *deadlines])
-            if short:
+            if short and not stopping:
                 self._wakes_at = min(self._wakes_at, self._spawns_at)
             timeout = max(0.0, self._wakes_at - now)
             finished, self._finished = self._finished, []

@@ -11,6 +11,7 @@ import stat
 from s4.errors import S4Error
 from s4.storage import remove_tree
 
+FOLDER_MODE = 0o700
 TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
 
 
@@ -30,14 +31,14 @@ class Scratch:
     def renew(self) -> None:
         """Have the folder as the next task needs it, whatever a command has done to it. Raises OSError."""
         try:
-            if not _is_own_folder(os.lstat(self.root)):
+            if not is_own_folder(os.lstat(self.root)):
                 remove_tree(self.root)
-                os.mkdir(self.root, 0o700)
+                os.mkdir(self.root, FOLDER_MODE)
         except FileNotFoundError:
-            os.mkdir(self.root, 0o700)
+            os.mkdir(self.root, FOLDER_MODE)
         for entry in list(os.scandir(self.root)):
             found = entry.stat(follow_symlinks=False)
-            good = _is_own_folder(found) if entry.path == self.folder else _is_own_file(found)
+            good = is_own_folder(found) if entry.path == self.folder else _is_own_file(found)
             if not good or entry.path in (self.stdout, self.arriving):
                 remove_tree(entry.path)
 
@@ -46,8 +47,9 @@ class Scratch:
         remove_tree(self.root)
 
 
-def _is_own_folder(found: os.stat_result) -> bool:
-    return stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == 0o700
+def is_own_folder(found: os.stat_result) -> bool:
+    """Whether a folder can be used again: it is one, and ours alone."""
+    return stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == FOLDER_MODE
 
 
 def _is_own_file(found: os.stat_result) -> bool:

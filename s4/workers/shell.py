@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import sh
 
+from s4.errors import S4Error
 from s4.workers import processes
 
 _LOOP = r"""
@@ -74,7 +75,10 @@ class Shell:
     def run(
         self, command: str, folder: str, stdin: str, stdout: str, stderr: str, environment: dict[str, str]
     ) -> tuple[int, Usage]:
-        """Run a command; its exit code as bash reports it, 128 + N when signal N ended it, and its usage."""
+        """Run a command; its exit code as bash reports it, 128 + N when signal N ended it, and its usage.
+
+        Raises S4Error if the command answers in the place of the shell, OSError.
+        """
         if self._process is None:
             self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
@@ -82,14 +86,14 @@ class Shell:
         with open(self._job_file, "wb") as f:
             f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
         try:
-            exitcode, usage = self._finish_command()
+            return self._run_job_file()
         except BaseException:
             self._stop()  # out of step, it would answer the next command with the end of this one
             raise
-        self._end_orphans()
-        return exitcode, usage
+        finally:
+            self._end_orphans()
 
-    def _finish_command(self) -> tuple[int, Usage]:
+    def _run_job_file(self) -> tuple[int, Usage]:
         try:
             os.write(self._stdin, b"\n")
             answer, peak_memory = self._answer()
@@ -98,6 +102,10 @@ class Shell:
         if not answer:
             exitcode = self._stop()  # the command ended the shell itself, such as with kill -9 $$
             return exitcode, Usage(0.0, max(peak_memory, self._own_memory))
+        if not answer.strip().isdigit():
+            raise S4Error(
+                f"the command wrote {answer!r} where its shell reports how it ended; that is not for it"
+            )
         exitcode = int(answer)
         self._own_memory = self._own_memory or processes.memory_of(self._process.pid)
         return exitcode, Usage(self._cpu_since(), max(peak_memory, self._own_memory))

@@ -42,7 +42,6 @@ def main(connection: "Connection[Any, Any]", lifeline: "Connection[Any, Any]", s
             break
         answer: Result
         try:
-            files.renew()
             answer = _perform(task, fds, files, commands)
         except S4Error as e:
             answer = Failure(type(e).__name__, str(e))
@@ -67,6 +66,7 @@ def _perform(task: Task, fds: list[int], files: Scratch, commands: Commands) -> 
         case Command():
             return commands.run(task)
         case Receive():
+            files.renew()
             return transfers.receive(task, fds, files.arriving)
         case Send():
             transfers.send(task, fds)
