@@ -73,6 +73,7 @@ def put_stored(
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             send_stored(sock, fd, size)
+            os.unlink(file)
         finally:
             os.close(fd)
         return checksum

@@ -34,6 +34,7 @@ EXITCODE_HEADER = "S4-Exit-Code"
 STDERR_SIZE_HEADER = "S4-Stderr-Size"
 CONNECT_SECONDS = 5.0
 _LONGEST_SILENCE = 2_000_000.0  # seconds; a socket takes no more than 24 days
+_FIRST_PAUSE = 0.1  # seconds; most often a place is free at once
 _LONGEST_PAUSE = 5.0
 _NOTICE_SECONDS = 0.05  # how soon a pause sees that the request was given up
 
@@ -270,7 +271,7 @@ class Caller:
         head = f"{method} {path}{'?' if query else ''}{query} HTTP/1.1\r\n{self._headers}{length}\r\n"
         request = head.encode("ascii") + (body or b"")
         give_up = time.monotonic() + self._timeout
-        pause = 1.0
+        pause = _FIRST_PAUSE
         while True:
             response = self._ask(request, self._timeout if silence is None else silence)
             if response.status in accept:

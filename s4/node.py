@@ -22,7 +22,7 @@ from s4.storage import Storage
 from s4.transfers import Gate, Transfers
 from s4.workers import Kind, Pool
 
-WAITING_TRANSFERS = 16  # requests that may wait for a slot at once, or for bytes to arrive
+WAITING_TRANSFERS = 32  # requests that may wait for a slot at once, or for bytes to arrive
 WAITING_JOBS = 16  # that may wait for the end of a job
 WAITING_REMOVALS = 4
 WAITING_EVALS = 8  # that may wait for a slot, beyond those whose commands run
