@@ -53,8 +53,11 @@ $(READY): pyproject.toml
 		|| { echo 'fatal: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@echo 'making .venv (once)'
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@# Start-up is most of a short command: compiled code is there from the first run on.
+	@# Start-up is most of a short command. A script of an older pip imports `re` for nothing, setuptools (which
+	@# only venvs of 3.11 have) runs a hook, and compiled code should be there from the first run on.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip uninstall --quiet --quiet --yes setuptools
+	@$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@$(BIN)/python -m compileall -q s4 migrations
 	@touch $@
 

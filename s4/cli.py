@@ -10,11 +10,10 @@ of the client's method of the same name where it has `*words` and `**options` fo
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # not signal: its enumerations take 0.4 ms
 import gc
 import io
 import os
-import re
-import signal
 import sys
 
 from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, S4Error
@@ -24,16 +23,17 @@ from s4.words import Line, Usage, command_of
 
 TYPE_CHECKING = False  # what only annotations need is not imported: 3 ms for typing
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
 # A Ctrl-C before main() can catch it ends the process without a traceback.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
 )
-_CLOSED_PIPE = 128 + signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
+_CLOSED_PIPE = 128 + _signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
 _PYTHON_ONLY = ("client", "self", "stdout", "stderr", "watch")  # parameters that are not for the command line
 
 # Where each is shown. Modules with jobs in them are imported for those alone.
@@ -52,8 +52,8 @@ def main() -> NoReturn:
     """Run `s4` with the arguments of this process, and exit."""
     _open_standard_streams()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        for number in (_signal.SIGINT, _signal.SIGTERM):
+            _signal.signal(number, _signal.default_int_handler)
         code = _run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -168,6 +168,8 @@ def _recorder(
 
 def _documentation(shown: Sequence[Callable[..., Any]]) -> str:
     """What the method does, and all arguments and options."""
+    import re  # for help only: 1.5 ms
+
     texts = [inspect.getdoc(function) or "" for function in reversed(shown)]
     arguments: dict[str, str] = {}
     for text in texts:
@@ -190,6 +192,8 @@ def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
 
 
 def _show_help(text: str) -> None:
+    import re
+
     # What Fire says of flags for positionals is not so here, and its separator is no part of a command.
     text = text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -")
     print(re.sub(_OPTION, _as_typed, text))
@@ -201,6 +205,8 @@ _OPTION = r"(?m)^    (?:-\w, )?--(\w+)=(\w+)((?:\n +(?:Type|Default): .*)*)$"
 
 def _as_typed(option: re.Match[str]) -> str:
     """An option of the help as it is typed here: with hyphens, without letters that mean nothing."""
+    import re
+
     name, value, about = option.groups()
     shown = ("-r, " if name == "recursive" else "") + "--" + name.replace("_", "-")
     default = re.search(r"\n +Default: (?!None|False|'').*", about)

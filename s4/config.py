@@ -1,7 +1,6 @@
 """The conf file, which says what servers make up the ring in which order, and S4_TIMEOUT."""
 
 import os
-import re
 
 from s4.errors import ConfError
 
@@ -13,7 +12,9 @@ MAX_TIMEOUT = 366 * 86400.0  # seconds
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 
-_LINE = re.compile(r"(\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+# Not regular expressions: `re` takes 1.5 ms of each start of `s4`.
+_DIGITS = frozenset("0123456789")
+_HOST = _DIGITS | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz._-")
 
 
 class Server:
@@ -92,11 +93,16 @@ def read_conf(path: str | None = None) -> Conf:
 
 def parse_server(text: str) -> Server:
     """Parse `host:port` or `[v6]:port`. Raises ValueError with the reason."""
-    match = _LINE.fullmatch(text)
-    if match is None:
+    host, _colon, digits = text.rpartition(":")
+    bracketed = host[:1] == "[" and host[-1:] == "]"
+    if bracketed:
+        host = host[1:-1]
+    if not host or not 1 <= len(digits) <= 5 or not _DIGITS.issuperset(digits):
         raise ValueError(f"{text!r} is not host:port")
-    host, port = match["v6"] or match["host"], int(match["port"])
-    if match["v6"]:
+    if not bracketed and not _HOST.issuperset(host):
+        raise ValueError(f"{text!r} is not host:port")
+    port = int(digits)
+    if bracketed:
         import socket  # most confs do without: 3 ms
 
         try:

@@ -5,7 +5,6 @@ index and the file below the data folder have the same name.
 """
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 
@@ -22,9 +21,6 @@ MAX_KEY_BYTES = 1024
 MAX_NUMERIC_PREFIX = 2**63
 
 _ID_DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: none looks like another
-
-_FORBIDDEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 def url(path: str) -> str:
@@ -70,11 +66,16 @@ def _checked_path(text: str) -> str:
         size = len(path.encode())
     except UnicodeEncodeError:
         raise BadKeyError(text, "it is not valid UTF-8") from None
-    if _FORBIDDEN.search(path):
+    # Most keys are printable and without a blank. (`re` takes 1.5 ms of each start of the client.)
+    if (" " in path or not path.isprintable()) and any(map(_is_forbidden, path)):
         raise BadKeyError(text, "white space and control characters are not allowed")
     if size > MAX_KEY_BYTES:
         raise BadKeyError(text, f"it is longer than {MAX_KEY_BYTES} bytes")
     return path
+
+
+def _is_forbidden(character: str) -> bool:
+    return character.isspace() or character <= "\x1f" or "\x7f" <= character <= "\x9f"
 
 
 def _check_segments(text: str, segments: list[str]) -> None:
@@ -143,13 +144,17 @@ def parse_indir(text: str) -> tuple[str, str]:
     """
     if text.endswith("/"):
         return parse_folder(text), ""
-    if not _WILDCARD.search(text):
+    if not _has_wildcard(text):
         raise BadRequestError(f"{text}: INDIR must end in '/' or hold a glob of '*', '?' or '[…]'")
     segments = parse_key(text).split("/")
-    first = next(i for i, segment in enumerate(segments) if _WILDCARD.search(segment))
+    first = next(i for i, segment in enumerate(segments) if _has_wildcard(segment))
     if first == 0:
         raise BadRequestError(f"{text}: the bucket must be whole, without wildcards")
     return "/".join(segments[:first]) + "/", "/".join(segments[first:])
+
+
+def _has_wildcard(text: str) -> bool:
+    return any(wildcard in text for wildcard in "*?[")
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
@@ -168,7 +173,8 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _segment_matcher(pattern: str) -> Callable[[str], bool]:
-    from fnmatch import translate  # only jobs with a glob need it
+    import re
+    from fnmatch import translate  # only jobs with a glob need them
 
     compiled = re.compile(translate(pattern.replace("[^", "[!")))  # bash knows both spellings
     return lambda segment: compiled.match(segment) is not None

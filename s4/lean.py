@@ -6,6 +6,7 @@ are stand-ins, which load the real module as soon as something asks them for it.
 stays behind, and modules that are there already are used as they are.
 """
 
+import gc
 import sys
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 
@@ -65,6 +66,7 @@ _STAND_INS: "dict[str, dict[str, Any]]" = {
     "asyncio": {"iscoroutinefunction": lambda _function: False},  # 26
     "fire.console.console_io": {},  # 7.5: subprocess, platform
     "ast": {"NodeVisitor": _NodeVisitor, "Constant": _constant},  # 3
+    "re": {},  # 1.5
     "typing": {"Any": object, "Dict": dict},  # 3
     "dis": {"COMPILER_FLAG_NAMES": _CODE_FLAGS},  # 1.5
     "fire.completion": {},  # 1.5
@@ -82,6 +84,8 @@ _put = [name for name in _STAND_INS if name not in sys.modules]
 for _name in _put:
     sys.modules[_name] = _StandIn(_name)
     vars(sys.modules[_name]).update(_STAND_INS[_name])
+_collects = gc.isenabled()
+gc.disable()  # imports make many objects and no garbage; measured, 0.8 ms
 try:
     import inspect
 
@@ -91,6 +95,8 @@ finally:
     for _name in _put:
         if isinstance(sys.modules.get(_name), _StandIn):
             del sys.modules[_name]
+    if _collects:
+        gc.enable()
 
 
 class _Flags:
@@ -108,6 +114,11 @@ class _Flags:
         return plain, []
 
 
+def _is_flag(word: str) -> "Any":
+    """Whether Fire takes a word for a flag. These need no regular expressions."""
+    return word.startswith("--") or (word.startswith("-") and _is_any_flag(word))
+
+
 def _parse_value(text: str) -> "Any":
     """What Fire takes a word for. Python's parser need not be asked about these; measured, 2.5 ms."""
     if "\0" in text:
@@ -116,6 +127,7 @@ def _parse_value(text: str) -> "Any":
 
 
 _create_parser, fire.parser.CreateParser = fire.parser.CreateParser, _Flags
+_is_any_flag, fire.core._IsFlag = fire.core._IsFlag, _is_flag
 _parse_any_value, fire.parser.DefaultParseValue = fire.parser.DefaultParseValue, _parse_value
 # Where a function stands is for a trace that nobody sees. Measured: to read its source takes 1.3 ms.
 fire.inspectutils.GetFileAndLine = lambda _component: (None, None)

@@ -5,6 +5,7 @@ read in chunks and hold no transaction in between, so a key that comes or goes d
 may not be in it, and every other key is in it once.
 """
 
+import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,10 @@ from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
-_EXISTS = "SELECT 1 FROM keys WHERE path = ?"
+# Of a JSON list of paths those that are no keys, in its order.
+_GONE = """
+    SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM keys WHERE path = value)
+"""
 _LAST = b""  # above every path: to SQLite any blob is larger than any text
 
 
@@ -147,7 +151,7 @@ class KeyIndex:
 
     def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""
-        if not self._remove(path, "SELECT path FROM keys WHERE path = ?", (path,), unlink):
+        if not self._remove(path, "path = ?", (path,), unlink):
             raise MissingError(f"no such key: {url(path)}")
 
     def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> int:
@@ -156,12 +160,7 @@ class KeyIndex:
         start, end = bounds(prefix)
         total = 0
         while True:
-            removed = self._remove(
-                start,
-                "SELECT path FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?",
-                (start, end, REMOVE_CHUNK),
-                unlink,
-            )
+            removed = self._remove(start, "path >= ? AND path < ?", (start, end), unlink)
             total += removed
             if removed < REMOVE_CHUNK:
                 return total
@@ -169,20 +168,21 @@ class KeyIndex:
     def _remove(
         self,
         prefix: str,
-        select: str,
+        which: str,
         parameters: tuple[object, ...],
         unlink: Callable[[Sequence[str]], None],
     ) -> int:
+        """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds."""
         with self._db.write() as db:
-            doomed = [path for (path,) in db.execute(select, parameters)]
+            select = f"SELECT path FROM keys WHERE {which} ORDER BY path LIMIT ?"
+            doomed = [path for (path,) in db.execute(select, (*parameters, REMOVE_CHUNK))]
             if not doomed:
                 return 0
             db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
-            db.executemany("DELETE FROM keys WHERE path = ?", [(path,) for path in doomed])
+            db.execute(f"DELETE FROM keys WHERE {which} AND path <= ?", (*parameters, doomed[-1]))
         # A file goes only while no row stands for it: a put of the same key may have come in between.
         with self._db.write() as db:
-            back = {path for path in doomed if db.execute(_EXISTS, (path,)).fetchone() is not None}
-            unlink([path for path in doomed if path not in back])
+            unlink([path for (path,) in db.execute(_GONE, (json.dumps(doomed),))])
             db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
         return len(doomed)
 
@@ -209,14 +209,15 @@ class KeyIndex:
         unlink: Callable[[Sequence[str]], None],
     ) -> None:
         """Remove the keys that tasks made, given as `makers` tells them. `unlink(paths)` as in `remove`."""
-        query = "SELECT path FROM keys WHERE path >= ? AND path < ? AND job = ? AND task = ? LIMIT ?"
+        which = "path >= ? AND path < ? AND job = ? AND task = ?"
         for name, job, task in makers:
             prefix = f"{folder}{name}/"
-            parameters = (*bounds(prefix), job, task, REMOVE_CHUNK)
+            parameters = (*bounds(prefix), job, task)
             with self._db.read() as db:
-                there = db.execute(query, parameters).fetchone() is not None
+                found = db.execute(f"SELECT 1 FROM keys WHERE {which} LIMIT 1", parameters).fetchone()
+            there = found is not None
             while there:
-                there = self._remove(prefix, query, parameters, unlink) == REMOVE_CHUNK
+                there = self._remove(prefix, which, parameters, unlink) == REMOVE_CHUNK
 
     def list_keys(self, prefix: str) -> Iterator[list[ListRow]]:
         """Every key that starts with `prefix`, in chunks."""
@@ -272,7 +273,7 @@ class KeyIndex:
     def exists(self, path: str) -> bool:
         """Whether there is such a key."""
         with self._db.read() as db:
-            return db.execute(_EXISTS, (path,)).fetchone() is not None
+            return db.execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is not None
 
     def paths(self, prefix: str) -> Iterator[str]:
         """Every path that starts with `prefix`."""
