@@ -12,8 +12,8 @@ from s4.errors import BadRequestError, NodeError, S4Error
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
 from s4.keys import new_job_id, owner, parse_key, parse_prefix, url
 
-# What only some commands need is imported where it is used: threading takes 1 ms, json 1.5. What only
-# annotations need is not imported at all: typing takes 3.
+# What only some commands need is imported where it is used: threading takes 1 ms. What only annotations need
+# is not imported at all: typing takes 3.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import BinaryIO

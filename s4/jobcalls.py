@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from s4.errors import MissingError, NodeError
+from s4.leanjson import dumps, loads
 from s4.reaching import ask, reaching
 from s4.summary import PlanPart, Share, Task
 
@@ -21,14 +21,14 @@ CANCEL_SECONDS = 15.0  # a node that has not ended its share in so long does not
 def read_json(server: str, answer: bytes) -> Any:
     """The value of a JSON text. Raises NodeError."""
     try:
-        return json.loads(answer)
+        return loads(answer)
     except ValueError:
         raise NodeError(server, "its answer makes no sense") from None
 
 
 def submit(client: Client, server: str, path: str, request: dict[str, Any]) -> Share:
     """Start a node's share; returns it as it is then."""
-    body = json.dumps(request).encode()
+    body = dumps(request)
     return _share(server, ask(client, server, "POST", path, None, body))
 
 
@@ -53,7 +53,7 @@ def shares(client: Client, server: str, **parameters: str) -> list[Share]:
 
 def plan(client: Client, server: str, request: dict[str, Any]) -> PlanPart:
     """What a node would have to do for a job."""
-    answer = ask(client, server, "POST", "/plan", None, json.dumps(request).encode(), silence=client.timeout)
+    answer = ask(client, server, "POST", "/plan", None, dumps(request), silence=client.timeout)
     with reaching(server):
         return PlanPart.read(server, read_json(server, answer))
 

@@ -3,7 +3,6 @@
 What is said of a job goes to stderr, results to stdout. Tables are imported by commands that print one.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 
@@ -332,6 +331,8 @@ def _failure_json(task: Task) -> "dict[str, Any]":
 
 
 def _encoded(value: "Any") -> str:
+    import json  # 2 ms
+
     return json.dumps(value)
 
 
