@@ -37,7 +37,7 @@ def loads(data: bytes) -> "Any":
     text = data.decode().strip(_BLANKS)
     try:
         value, end = _scan(text, 0)
-    except (StopIteration, SystemError):  # the latter where json.decoder, which has the error, is not loaded
+    except (StopIteration, SystemError):  # the latter where Python 3.11 would need json.decoder for its error
         end = -1
     if end != len(text):
         raise ValueError("not JSON")
