@@ -1,12 +1,16 @@
 """Fixtures: a cluster that ordinary tests share, others for tests that break things, and folders."""
 
 import contextlib
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
+
+# A shell starts what it runs in the background with SIGINT ignored, which what we start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

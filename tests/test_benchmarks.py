@@ -43,7 +43,7 @@ def test_every_series_gives_numbers_claims_and_a_panel(folder: Path) -> None:
 
 
 def test_ctrl_c_ends_the_nodes_and_removes_their_data(folder: Path) -> None:
-    with _start(folder, "nodes", *SERIES) as run:  # the others, lest it be over before it is stopped
+    with _start(folder, "nodes") as run:
         data = folder / "data"
         eventually(lambda: list(data.glob("*/*/node0/s4_data/b")), 60, "a node that holds keys")
         os.kill(run.pid, signal.SIGINT)
