@@ -730,8 +730,11 @@ def test_a_server_of_another_cluster_is_reported_and_gets_nothing(start_cluster:
 def test_symbolic_links_in_the_data_folder_lead_nowhere(start_cluster: Start, folder: Path) -> None:
     cluster, node = _alone(start_cluster, check=False)
     write_tree(folder, {"secret": b"secret", "below/001": b"secret"})
-    for key in ("s4://b/in/000", "s4://b/in/002"):
+    for key in ("s4://b/in/000", "s4://b/in/002", "s4://b/far/001"):
         assert node.put(key, b"x").status == 200
+    node.path_of("s4://b/far/001").unlink()
+    node.path_of("s4://b/far").rmdir()
+    node.path_of("s4://b/far").symlink_to(folder / "below")
     node.path_of("s4://b/in/000").unlink()
     node.path_of("s4://b/in/000").symlink_to(folder / "secret")
     node.path_of("s4://b/link").symlink_to(folder / "below")
@@ -741,12 +744,14 @@ def test_symbolic_links_in_the_data_folder_lead_nowhere(start_cluster: Start, fo
     for key in ("s4://b/link/new", "s4://b/link/001", "s4://linked/new", "s4://linked/below/new"):
         assert node.put(key, b"x").status == 409, key
         cluster.fails("cp", "-", key, data=b"x", code=1, says=key)
-    for key in ("s4://b/in/000", "s4://b/link/001", "s4://linked/secret"):
+    for key in ("s4://b/in/000", "s4://b/far/001", "s4://b/link/001", "s4://linked/secret"):
         assert node.post("/prepare_get", key=key).status >= 400
         assert node.post("/eval", key=key, body=b"cat").status >= 400
         assert "secret" not in cluster.run("cp", key, "-").out.decode()
     result = cluster.run("map", "s4://b/in/", "s4://b/out/", "cat")
     assert result.code == 1 and "s4://b/in/000" in result.fatal
+    result = cluster.run("map-from-n", "s4://b/far/", "s4://b/out/", "xargs cat")
+    assert result.code == 1 and "s4://b/far/001" in result.fatal
     cluster.s4("map", "s4://b/in/*2", "s4://b/link2/", "cat")
     cluster.s4("rm", "-r", "s4://b/")
     cluster.s4("rm", "-r", "s4://linked/")
