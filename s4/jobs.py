@@ -73,7 +73,7 @@ class Jobs:
 
     def _check_overlap(self, job: JobRow) -> None:
         for share in self._running.values():
-            if share.job.same_work(job):
+            if share.job.same_work(job) and not share.ended.is_set():
                 raise OverlapError(f"job {share.job.id} is still running on {self._parts.server}")
 
     def _check_room(self) -> None:
@@ -98,9 +98,12 @@ class Jobs:
             if isinstance(known, Share):
                 if known.job.run == job.run:
                     return known
-                raise ConflictError(
-                    f"job {job.id} is still running on {self._parts.server}: wait or cancel it"
+                how = (
+                    "its last run is not yet recorded: try again later"
+                    if known.ended.is_set()
+                    else "still running: wait or cancel it"
                 )
+                raise ConflictError(f"job {job.id} on {self._parts.server}: {how}")
             if known is not None and (known.state == DONE or known.job.run >= job.run):
                 return known
             self._check_room()
@@ -113,11 +116,7 @@ class Jobs:
             return self._start(share)
 
     def _ended(self, share: Share) -> None:
-        try:
-            recorded = self._parts.jobs.share(share.job.id).state != RUNNING
-        except S4Error:
-            recorded = False
-        if recorded:  # otherwise memory knows better, until the next start
+        if share.end_recorded:  # otherwise memory knows better, until that succeeds or to the next start
             with self._lock:
                 del self._running[share.job.id]
         if share.state == FAILED and not share.job.keep_going:
@@ -206,8 +205,17 @@ class Jobs:
         for share in shares:
             share.ended.wait(STOP_SECONDS)
 
-    def forget_cancelled(self) -> None:
-        """Drop what is remembered of cancelled jobs that never began."""
+    def keep_house(self) -> None:
+        """Record ends that could not be recorded, as on a full disk, and drop what is remembered of cancelled
+        jobs that never began."""
+        for share in list(self._running.values()):
+            if share.ended.is_set() and not share.end_recorded:
+                try:
+                    share.record_end()
+                except S4Error:
+                    continue
+                with self._lock:
+                    self._running.pop(share.job.id, None)
         limit = time.monotonic() - CANCELLED_SECONDS
         with self._lock:
             self._cancelled = {

@@ -181,7 +181,7 @@ class Node:
     def keep_house(self) -> None:
         """What has to be done now and then; called about once a second."""
         self.transfers.expire()
-        self.jobs.forget_cancelled()
+        self.jobs.keep_house()
 
     def prune(self) -> None:
         """Forget old jobs; called now and then."""

@@ -93,6 +93,7 @@ class Share:
         self.ended = threading.Event()
         self.failure: S4Error | None = None
         self.state = RUNNING
+        self.end_recorded = False
         self._parts = parts
         self._inputs = Inputs(job, parts.conf, parts.position, parts.keys, parts.jobs)
         self._listed = False
@@ -105,7 +106,7 @@ class Share:
         self._all_read = False
         self._changes: list[TaskChange] = []
         self._recorded = self._reported = time.monotonic()
-        self._started_s = time.time()
+        self._started_s = self._finished_s = time.time()
         if again:
             known = parts.jobs.share(job.id)
             self._listed, self._counts, self._started_s = known.listed, known.counts, known.started_s
@@ -123,7 +124,7 @@ class Share:
         running = sum(1 for ticket in list(self._commands) if ticket.began_s)
         error = None if self.failure is None else str(self.failure)
         counts = Counts(**{**vars(self._counts), "running": running})
-        finished_s = None if self.state == RUNNING else time.time()
+        finished_s = None if self.state == RUNNING else self._finished_s
         return ShareRow(self.job, self.state, self._listed, counts, self._started_s, finished_s, error)
 
     def _main(self, on_end: Callable[["Share"], None]) -> None:
@@ -144,11 +145,9 @@ class Share:
             log.exception("job %s", self.job.id)
             self.failure = S4Error(f"internal error in job {self.job.id}: {e!r}")
         try:
+            self._finished_s = time.time()
             self._abandon(state)
-            error = None if self.failure is None else str(self.failure)
-            self._parts.jobs.progress(self.job.id, self._changes, self._counts)
-            self._parts.jobs.end(self.job.id, state, error)
-            self._counts = self._parts.jobs.share(self.job.id).counts
+            self._record_end(state)
         except (S4Error, OSError) as e:
             log.error("job %s: its end is not recorded: %s", self.job.id, e)
             self.failure = self.failure or S4Error(f"the end of job {self.job.id} is not recorded: {e}")
@@ -158,6 +157,17 @@ class Share:
         self.state = state
         on_end(self)
         self.ended.set()
+
+    def _record_end(self, state: str) -> None:
+        error = None if self.failure is None or state == DONE else str(self.failure)
+        self._parts.jobs.progress(self.job.id, self._changes, self._counts)
+        self._parts.jobs.end(self.job.id, state, error, self._finished_s)
+        self._counts = self._parts.jobs.share(self.job.id).counts
+        self.end_recorded = True
+
+    def record_end(self) -> None:
+        """Try again to write down how a share ended. Raises S4Error."""
+        self._record_end(self.state)
 
     def _run(self) -> None:
         if not self._listed:

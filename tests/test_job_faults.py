@@ -1,8 +1,10 @@
 """Jobs while workers, nodes and clients are killed; and that nothing of a job outlives it."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -156,6 +158,32 @@ def test_an_interrupt_says_which_node_could_not_be_told(three: Cluster) -> None:
     assert client.returncode == 130 and b"not everywhere" in err and str(three.nodes[2]).encode() in err, err
     three.run("cancel", job)
     eventually(lambda: not procs.running("sleep\x007200.5"), 5)
+
+
+def test_an_end_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    hold = three.work / "hold"
+    hold.touch()
+    command = f"[ ! -e {hold} ] || sleep 7200.6; cat"
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command)
+    eventually(lambda: all(_running_on(node, "sleep\x007200.6") for node in three.nodes), 20)
+    job = _job_of(client, three)
+    broken = three.nodes[1]
+
+    def rename(table: str, to: str) -> None:
+        with contextlib.closing(sqlite3.connect(broken.data / "_index" / "node.db")) as index:
+            index.execute(f"ALTER TABLE {table} RENAME TO {to}")
+
+    rename("jobs", "gone")
+    _out, err = client.communicate(timeout=30)
+    assert client.returncode == 1 and f"failed: {broken}: the index" in err.decode(), err
+    eventually(lambda: not procs.running("sleep\x007200.6"), 10)
+    assert _state(broken, job)["state"] == "failed"
+    rename("gone", "jobs")
+    hold.unlink()
+    eventually(lambda: broken.rows("select state from jobs where id = ?", job) == [("failed",)], 10)
+    three.s4("retry", job)
+    assert three.contents("s4://b/out/") == three.contents("s4://b/in/")
 
 
 def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
