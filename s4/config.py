@@ -97,9 +97,12 @@ def parse_server(text: str) -> Server:
     bracketed = host[:1] == "[" and host[-1:] == "]"
     if bracketed:
         host = host[1:-1]
-    if not host or not 1 <= len(digits) <= 5 or not _DIGITS.issuperset(digits):
-        raise ValueError(f"{text!r} is not host:port")
-    if not bracketed and not _HOST.issuperset(host):
+    if (
+        not host
+        or not (bracketed or _HOST.issuperset(host))
+        or not 1 <= len(digits) <= 5
+        or not _DIGITS.issuperset(digits)
+    ):
         raise ValueError(f"{text!r} is not host:port")
     port = int(digits)
     if bracketed:

@@ -286,8 +286,8 @@ class Caller:
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._aborted:
-            time.sleep(_NOTICE_SECONDS)
+        while (left := end - time.monotonic()) > 0 and not self._aborted:
+            time.sleep(min(left, _NOTICE_SECONDS))
 
     def _ask(self, request: bytes, silence: float) -> Response:
         self._check_aborted()

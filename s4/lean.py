@@ -115,7 +115,7 @@ class _Flags:
 
 
 def _is_flag(word: str) -> "Any":
-    """Whether Fire takes a word for a flag. These need no regular expressions."""
+    """Whether Fire takes a word for a flag. Ours begin with `--` or NUL, and need no regular expression."""
     return word.startswith("--") or (word.startswith("-") and _is_any_flag(word))
 
 

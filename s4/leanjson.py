@@ -3,8 +3,6 @@
 For what the client says to nodes and hears from them. What is shown to users goes through json itself.
 """
 
-from _json import encode_basestring_ascii, make_encoder, make_scanner
-
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
     from typing import Any
@@ -13,7 +11,7 @@ _BLANKS = " \t\n\r"
 
 
 class _Settings:
-    """How json.loads reads: what it knows no setting for is None."""
+    """How json.loads reads; a setting that is not here is None."""
 
     strict = True
     parse_float = float
@@ -28,8 +26,20 @@ def _refuse(value: object) -> object:
     raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
-_scan: "Any" = make_scanner(_Settings())  # type: ignore[arg-type]
-_encode = make_encoder(None, _refuse, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+_scan: "Any"
+_encode: "Any"
+try:
+    from _json import encode_basestring_ascii, make_encoder, make_scanner
+
+    _scan = make_scanner(_Settings())  # type: ignore[arg-type]
+    _encode = make_encoder(None, _refuse, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+except (ImportError, TypeError):  # a Python that is made otherwise
+    import json
+
+    _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+    def _encode(value: object, _level: int) -> str:
+        return json.dumps(value)
 
 
 def loads(data: bytes) -> "Any":

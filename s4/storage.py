@@ -7,7 +7,8 @@
     BUCKET/…      the keys, mode 0444
 
 Contract: a path is `BUCKET/DIR/NAME` as the key rules allow it; its file is reached one folder at a time
-without following symbolic links, so nothing below the data folder leads outside it. Publishing is a rename
+without following symbolic links, so nothing below the data folder leads outside it. (For commands, which get
+a path, it is enough that none is on the way.) Publishing is a rename
 on one file system. Which keys exist is for the index to say.
 """
 
@@ -84,11 +85,13 @@ class Storage:
         # The kernel tells where a descriptor leads: half the work of going there folder by folder.
         wanted = os.path.join(self.root, path)
         try:
-            fd = os.open(wanted, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(wanted, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 found = os.readlink(f"/proc/self/fd/{fd}")
             finally:
                 os.close(fd)
+            if found == f"{wanted} (deleted)":  # by now; no key has a blank in it
+                raise _missing(path)
             if found != wanted:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         except FileNotFoundError:

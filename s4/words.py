@@ -32,17 +32,17 @@ class Option:
 
     def value(self, text: str) -> Any:
         """The value that a text stands for. Raises MisuseError."""
-        import re  # for numbers only: 1.5 ms
+        if self.type is str:
+            return text
+        import re  # 1.5 ms
 
         if self.type is int:
             if re.fullmatch(_WHOLE, text):
                 return int(text)
             raise MisuseError(f"{self.name} {text!r}: a whole number is needed")
-        if self.type is float:
-            if re.fullmatch(_NUMBER, text) and abs(float(text)) < float("inf"):
-                return float(text)
-            raise MisuseError(f"{self.name} {text!r}: a number is needed")
-        return text
+        if re.fullmatch(_NUMBER, text) and abs(float(text)) < float("inf"):
+            return float(text)
+        raise MisuseError(f"{self.name} {text!r}: a number is needed")
 
 
 class Line:

@@ -374,7 +374,7 @@ def test_a_busy_server_is_asked_again_until_the_time_is_over(serve: Callable[...
     server = serve([busy] * 100)
     with _caller(server, 2) as caller, pytest.raises(BusyError, match="busy"):
         caller.call("GET", "/x")
-    # The first pause is 0.05 to 0.15 seconds; if they did not grow, it would be asked twenty times.
+    # The first pause is 0.05 to 0.1 seconds; if they did not grow, it would be asked twenty times.
     assert 3 <= len(server.requests[0]) <= 10
 
 

@@ -342,6 +342,26 @@ def test_a_folder_listing_costs_what_it_shows_and_not_what_lies_below(database: 
     assert _steps(database, _fill(database, beside), "b/") < few * 1.1
 
 
+def test_a_removal_costs_what_it_removes(database: Database) -> None:
+    def steps(keys: int) -> int:
+        index = _fill(database, [f"b/{i:06}" for i in range(keys)])
+        hundreds = 0
+
+        def count() -> int:
+            nonlocal hundreds
+            hundreds += 1
+            return 0
+
+        with database.write() as db:
+            db.set_progress_handler(count, 100)
+        assert index.remove_prefix("b/", lambda _paths: None) == keys
+        with database.write() as db:
+            db.set_progress_handler(None, 100)
+        return hundreds
+
+    assert steps(8000) < steps(2000) * 4.4
+
+
 def test_listings_hold_no_transaction_between_chunks(database: Database) -> None:
     index = _fill(database, [f"b/{i:05}" for i in range(5000)])
     chunks = index.list_keys("b/")

@@ -47,9 +47,12 @@ def test_what_is_written_is_read_again_as_json_does(value: object) -> None:
     assert repr(again) == repr(value)
 
 
-def test_a_text_is_understood_or_refused_as_json_does() -> None:
+@pytest.mark.parametrize("other_python", [False, True])
+def test_a_text_is_understood_or_refused_as_json_does(other_python: bool) -> None:
     program = """
 import ast, sys
+if {other_python}:
+    sys.modules["_json"] = None
 from s4.leanjson import dumps, loads
 print("json" in sys.modules, dumps(loads(b"[1]")))
 for text in ast.literal_eval(sys.stdin.read()):
@@ -58,11 +61,12 @@ for text in ast.literal_eval(sys.stdin.read()):
     except (ValueError, RecursionError) as e:
         print(type(e).__name__ if isinstance(e, RecursionError) else "ValueError")
 """
+    program = program.format(other_python=other_python)
     done = subprocess.run(
         [sys.executable, "-c", program], input=repr(TEXTS), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["False b'[1]'", *map(_as_json_does, TEXTS)]
+    assert done.stdout.splitlines() == [f"{other_python} b'[1]'", *map(_as_json_does, TEXTS)]
 
 
 def _as_json_does(text: str) -> str:

@@ -179,10 +179,11 @@ class KeyIndex:
             if not doomed:
                 return 0
             db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
-            db.execute(f"DELETE FROM keys WHERE {which} AND path <= ?", (*parameters, doomed[-1]))
+            gone = json.dumps(doomed)
+            db.execute("DELETE FROM keys WHERE path IN (SELECT value FROM json_each(?))", (gone,))
         # A file goes only while no row stands for it: a put of the same key may have come in between.
         with self._db.write() as db:
-            unlink([path for (path,) in db.execute(_GONE, (json.dumps(doomed),))])
+            unlink([path for (path,) in db.execute(_GONE, (gone,))])
             db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
         return len(doomed)
 

@@ -1,0 +1,51 @@
+"""Files of keys, where no request is needed to see them: what happens while another thread is at them."""
+
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from s4.errors import ConflictError, MissingError
+from s4.storage import Storage
+
+
+def test_a_key_that_is_removed_meanwhile_is_missing_and_nothing_else(folder: Path) -> None:
+    storage = Storage(str(folder))
+    (folder / "b").mkdir()
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            (folder / "b" / "key").touch()
+            (folder / "b" / "key").unlink()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    outcome: Counter[str] = Counter()
+    try:
+        while outcome["there"] < 2000 or outcome["missing"] < 2000:
+            try:
+                assert storage.real_path("b/key") == f"{storage.root}/b/key"
+            except MissingError:
+                outcome["missing"] += 1
+            else:
+                outcome["there"] += 1
+    finally:
+        done.set()
+        other.join()
+        storage.close()
+
+
+def test_what_is_no_file_on_the_way_is_refused_and_waits_for_nobody(folder: Path) -> None:
+    storage = Storage(str(folder))
+    (folder / "b").mkdir()
+    (folder / "elsewhere").mkdir()
+    os.mkfifo(folder / "elsewhere" / "fifo")
+    (folder / "b" / "far").symlink_to(folder / "elsewhere")
+    (folder / "b" / "link").symlink_to(folder / "elsewhere" / "fifo")
+    for path in ("b/far/fifo", "b/link"):
+        with pytest.raises(ConflictError, match="symbolic link"):
+            storage.real_path(path)
+    storage.close()
