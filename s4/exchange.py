@@ -64,8 +64,7 @@ def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
 def put_stored(
     caller: Caller, job: str, entries: Sequence[tuple[str, str, int, str, int]]
 ) -> list[S4Error | None]:
-    """Store outputs of a job, given as (path of the key, file, size, checksum, task), as one batch. A file is
-    removed as soon as it is sent; those that are left are the caller's to remove.
+    """Store outputs of a job, given as (path of the key, file, size, checksum, task), as one batch.
 
     Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
@@ -75,7 +74,6 @@ def put_stored(
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             send_stored(sock, fd, size)
-            os.unlink(file)  # at once: what comes next gets its memory
         finally:
             os.close(fd)
         return checksum

@@ -62,8 +62,7 @@ def push(task: Push) -> Pushed:
         refused = put_stored(_caller(task.server, task.fingerprint, task.timeout), task.job, entries)
     finally:
         for _path, sent, _number in task.entries:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(sent.file)
+            os.unlink(sent.file)
     return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
 
 
