@@ -11,12 +11,14 @@ of the client's method of the same name where it has `*words` and `**options` fo
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # not signal: its enumerations take 0.4 ms
+import errno
 import gc
 import io
 import os
 import sys
 
-from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, S4Error
+from s4.config import CONF_ENVIRONMENT, DEFAULT_CONF, NO_CONF
+from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, NodeError, S4Error
 from s4.lean import fire, inspect
 from s4.text import printable
 from s4.words import Line, Usage, command_of
@@ -33,6 +35,7 @@ _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
 )
+_WRITE_ERRORS = {errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 _CLOSED_PIPE = 128 + _signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
 _PYTHON_ONLY = ("client", "self", "stdout", "stderr", "watch")  # parameters that are not for the command line
 
@@ -71,7 +74,10 @@ def main() -> NoReturn:
     except Exception as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
-        print(f"fatal: {printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
+        if isinstance(e, OSError) and e.errno in _WRITE_ERRORS:  # all that has another name is an S4Error
+            print(f"fatal: stdout: {e.strerror}", file=sys.stderr)
+        else:
+            print(f"fatal: {printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
         code = FAILED
     # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
     sys.stderr.flush()
@@ -79,10 +85,16 @@ def main() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Make sure of stdin, stdout and stderr, so that no socket becomes one, and that they take any key."""
+    """Make sure of stdin, stdout and stderr, so that no socket becomes one, and that they take any key.
+
+    One that is closed stays useless: what would be read or written there is an error.
+    """
     if None in (sys.stdin, sys.stdout, sys.stderr):
         while os.open(os.devnull, os.O_RDWR) <= 2:
             pass
+        for number, stream, mode in ((0, sys.stdin, os.O_WRONLY), (1, sys.stdout, os.O_RDONLY)):
+            if stream is None:
+                os.dup2(os.open(os.devnull, mode), number)
         sys.stdin = sys.stdin or os.fdopen(0)
         sys.stdout = sys.stdout or os.fdopen(1, "w")
         sys.stderr = sys.stderr or os.fdopen(2, "w")
@@ -121,7 +133,13 @@ def _run(words: Sequence[str]) -> int:
         return 0
     [(args, options)] = calls
     typed = {option: str(value).removeprefix(_MARK) for option, value in options.items()}
-    return show(Client(line.conf), *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
+    client = Client(line.conf)
+    try:
+        return show(client, *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
+    except NodeError as e:
+        if client.conf_source == NO_CONF:
+            e.args = (f"{e}; there is no conf: {CONF_ENVIRONMENT} is not set, and no {DEFAULT_CONF}",)
+        raise
 
 
 def _encoded(line: Line) -> list[str]:

@@ -446,6 +446,11 @@ class Client:
         return self.servers()
 
     @property
+    def conf_source(self) -> str:
+        """Where the servers were read: a path, or config.NO_CONF."""
+        return self._conf.source
+
+    @property
     def timeout(self) -> float:
         """Seconds that a command may take, and that a busy or silent server is waited for."""
         return self._timeout

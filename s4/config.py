@@ -7,6 +7,7 @@ from s4.errors import ConfError
 CONF_ENVIRONMENT = "S4_CONF_PATH"
 DEFAULT_CONF = "~/.s4.conf"
 DEFAULT_SERVER = "127.0.0.1:8080"
+NO_CONF = "the built-in default"  # the source of the conf then
 
 MAX_TIMEOUT = 366 * 86400.0  # seconds
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
@@ -71,7 +72,7 @@ def read_conf(path: str | None = None) -> Conf:
     except FileNotFoundError:
         if named:
             raise ConfError(f"conf file {source} does not exist") from None
-        return Conf((parse_server(DEFAULT_SERVER),), "the built-in default")
+        return Conf((parse_server(DEFAULT_SERVER),), NO_CONF)
     except OSError as e:
         raise ConfError(f"conf file {source} cannot be read: {e.strerror}") from e
     servers: list[Server] = []

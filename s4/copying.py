@@ -46,10 +46,10 @@ class Item(namedtuple("Item", ("file", "path", "size"))):
 
 
 class CopyError(S4Error):
-    """Some files of a recursive copy failed: `failures` are lines that name each."""
+    """Files of a recursive copy failed: `failures` are lines that name each."""
 
-    def __init__(self, failures: list[str], total: int) -> None:
-        super().__init__(f"{len(failures)} of {total} files were not copied")
+    def __init__(self, message: str, failures: list[str]) -> None:
+        super().__init__(message)
         self.failures = failures
 
 
@@ -120,8 +120,8 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
     made: list[str] = []
     temporary = ""
     with _local_errors(dst):
-        if os.path.exists(place) and not os.path.isfile(place):  # such as /dev/null or a named pipe
-            target = os.open(place, os.O_WRONLY | os.O_CLOEXEC)
+        if os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
+            target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
         else:
             made = _make_folders(os.path.dirname(place))
             name = f".s4-{os.getpid()}-{threading.get_ident()}"
@@ -189,7 +189,11 @@ def _put_folder(client: "Client", src: str, dst: str) -> None:
         except OSError as e:
             failures.append(f"{file}: {e.strerror}")
     if refused:  # a rule is broken: nothing is created at all
-        raise CopyError(refused + failures, len(items) + len(refused) + len(failures))
+        total = len(items) + len(refused) + len(failures)
+        raise CopyError(
+            f"nothing was copied, for {len(refused)} of {total} files have a path that no key can have",
+            refused + failures,
+        )
     _Crew(client, _put_items, failures).run(items)
 
 
@@ -284,7 +288,8 @@ class _Crew:
         if self._errors:
             raise self._errors[0]
         if self._failures:
-            raise CopyError(self._failures, len(items) + self._failed_before)
+            total = len(items) + self._failed_before
+            raise CopyError(f"{len(self._failures)} of {total} files were not copied", self._failures)
 
     def _stop(self) -> None:
         with self._lock:

@@ -1,6 +1,7 @@
 """eval: one command over one key, for a caller who waits. Recorded like a job with a single task."""
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,9 @@ class Evaluation:
     stderr_size: int
 
 
+log = logging.getLogger("s4.job")
+
+
 class Evals:
     """The evals of a node; `gate` bounds how many run or wait."""
 
@@ -38,6 +42,7 @@ class Evals:
         self._parts = parts
         self._gate = gate
         self._running: dict[str, Ticket] = {}
+        self._unrecorded: list[tuple[JobRow, TaskChange, str, str | None]] = []
 
     def run(
         self, path: str, job_id: str, command: str, timeout: float, abandoned: Callable[[], bool]
@@ -120,8 +125,24 @@ class Evals:
         self._end(job, change, state, shown)
 
     def _end(self, job: JobRow, change: TaskChange, state: str, error: str | None) -> None:
+        try:
+            self._record_end(job, change, state, error)
+        except S4Error as e:
+            log.error("eval %s: its end is not recorded: %s", job.id, e)
+            self._unrecorded.append((job, change, state, error))
+
+    def _record_end(self, job: JobRow, change: TaskChange, state: str, error: str | None) -> None:
         self._parts.jobs.progress(job.id, [change], Counts(tasks=1))
         self._parts.jobs.end(job.id, state, error)
+
+    def keep_house(self) -> None:
+        """Record ends that could not be recorded, as on a full disk."""
+        while self._unrecorded:
+            try:
+                self._record_end(*self._unrecorded[0])
+            except S4Error:
+                return
+            del self._unrecorded[0]
 
     def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> Evaluation:
         stdout, stderr = ran.outputs[0], ran.stderr

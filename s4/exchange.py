@@ -14,7 +14,7 @@ from s4.errors import BadRequestError, ConflictError, MissingError, NodeError, S
 from s4.http import Caller
 from s4.keys import url
 from s4.leanjson import dumps, loads
-from s4.streams import Incoming, send_hashed, send_stored
+from s4.streams import Incoming, send_hashed, send_stored, wait_for_bytes
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def put_one(caller: Caller, path: str, source: int, size: int | None, name: str)
     """Store what the descriptor `source` holds as a key. `size` in bytes, None for a pipe; `name` is for
     messages. Raises S4Error; nothing is stored then."""
     parameters = {"key": url(path)} if size is None else {"key": url(path), "size": str(size)}
+    if size is None:
+        wait_for_bytes(source)  # once a transfer is prepared, it must not stand still
     uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_put", parameters))
     checksum = ""
     broken: TransferError | None = None

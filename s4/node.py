@@ -182,6 +182,7 @@ class Node:
         """What has to be done now and then; called about once a second."""
         self.transfers.expire()
         self.jobs.keep_house()
+        self.evals.keep_house()
 
     def prune(self) -> None:
         """Forget old jobs; called now and then."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from s4.config import Conf
-from s4.errors import BadKeyError, DamagedIndexError
+from s4.errors import BadKeyError, DamagedIndexError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, KeyRow, Records
 from s4.keys import owner, parse_key
 from s4.recovery import recover
@@ -25,6 +25,8 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     Files whose names break the key rules, or that belong to another node, are named and left alone. Raises
     S4Error if a node runs on the folder or the index cannot be written.
     """
+    if not os.path.isdir(data):
+        raise S4Error(f"data folder {data} does not exist: name that of the node with --data")
     storage = Storage(data)
     database = _open(storage.index_path)
     keys = KeyIndex(database)

@@ -81,8 +81,14 @@ class Incoming:
             self.taken += len(chunk)
             total += len(chunk)
             if reserve and size is None and total > max(reserved, BLOCK):
-                preallocate(target, reserved, _EXTENT)
-                reserved += _EXTENT
+                try:
+                    preallocate(target, reserved, _EXTENT)
+                    reserved += _EXTENT
+                except OSError as e:
+                    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise
+                    reserve, reserved = False, 0  # what still comes may be less
+                    os.ftruncate(target, total - len(chunk))
             digest.update(chunk)
             write_all(target, chunk)
         if reserved > total:
@@ -157,6 +163,13 @@ def send_hashed(sock: _socket.socket, source: int, size: int | None) -> tuple[in
             raise _broken(e) from e
         total += count
     return total, format(digest.intdigest(), "x")
+
+
+def wait_for_bytes(source: int) -> None:
+    """Wait until a descriptor has something to read, or its end, however long that takes."""
+    readable = select.poll()
+    readable.register(source, select.POLLIN)
+    readable.poll()
 
 
 def widen_pipe(source: int) -> None:

@@ -279,7 +279,10 @@ class Transfers:
         ticket = self._start(Ticket(Kind.SEND, Send([row.size for row in found], peer, port), fds))
         total = sum(row.size for row in found)
         held = [row.path for row in found]
-        self._records.transfer_began(name, "get", held, total, peer)
+        try:
+            self._records.transfer_began(name, "get", held, total, peer)
+        except S4Error as e:  # a full disk should not keep keys from being read
+            log.warning("transfer %s: %s", name, e)
         checksums = [row.checksum for row in found]
         self._transfers[name] = _Transfer(
             name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed
@@ -290,6 +293,11 @@ class Transfers:
         """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
         transfer = self._find(name, put=False)
         self._end(transfer)
+        if transfer.ticket.done:
+            try:
+                transfer.ticket.result()
+            except S4Error as e:
+                raise TransferError(f"{url(transfer.paths[0])} was not sent whole: {e}") from e
         if transfer.checksums != [checksum]:
             raise TransferError(
                 f"{url(transfer.paths[0])}: checksum {transfer.checksums[0]} is stored, but {checksum} came"

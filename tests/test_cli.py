@@ -248,7 +248,8 @@ def test_health_is_a_line_a_server(cluster: Cluster) -> None:
     assert result.err == ""
 
 
-def test_a_closed_stdout_ends_quietly(cluster: Cluster) -> None:
+def test_a_stdout_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000")
     for command in ("s4 servers", "s4 health", "s4 --help", "s4 cp --help", "s4 ls"):
         done = subprocess.run(
             ["bash", "-c", f"{command} > >(exec true)"], env=cluster.env, capture_output=True, timeout=30
@@ -257,4 +258,7 @@ def test_a_closed_stdout_ends_quietly(cluster: Cluster) -> None:
         closed = subprocess.run(
             ["bash", "-c", f"{command} >&-"], env=cluster.env, capture_output=True, timeout=30
         )
-        assert b"Traceback" not in closed.stderr, closed.stderr
+        assert closed.returncode == 1, command
+        assert closed.stderr == b"fatal: stdout: Bad file descriptor\n"
+    full = subprocess.run(["bash", "-c", "s4 servers > /dev/full"], env=cluster.env, capture_output=True)
+    assert (full.returncode, full.stderr) == (1, b"fatal: stdout: No space left on device\n")

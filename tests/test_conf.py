@@ -89,6 +89,8 @@ def test_the_option_works_between_positionals(cluster: Cluster, bucket: str) -> 
 def test_without_a_conf_it_is_the_one_node_of_the_default(cluster: Cluster, folder: Path) -> None:
     env = {"HOME": str(folder), "S4_CONF_PATH": ""}
     assert cluster.s4("servers", env=env).lines == ["127.0.0.1:8080"]
+    line = cluster.fails("ls", env={**env, "S4_TIMEOUT": "1"}, code=1, says="127.0.0.1:8080")
+    assert line.endswith("; there is no conf: S4_CONF_PATH is not set, and no ~/.s4.conf")
     (folder / ".s4.conf").write_text("mine:1\n")
     assert cluster.s4("servers", env=env).lines == ["mine:1"]
 

@@ -314,6 +314,41 @@ def _file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
 
+def test_a_closed_stdin_is_no_empty_key(cluster: Cluster, bucket: str) -> None:
+    with cluster.nothing_changes():
+        for words in (f"cp - {bucket}/closed <&-", f"cp {bucket}/000 - >&-"):
+            done = subprocess.run(["bash", "-c", f"s4 {words}"], env=cluster.env, capture_output=True)
+            assert done.returncode == 1 and done.stderr.startswith(b"fatal: "), words
+    assert cluster.keys(f"{bucket}/") == []
+
+
+def test_stdin_may_be_silent_before_its_first_byte(cluster: Cluster, bucket: str) -> None:
+    process = cluster.start_s4("cp", "-", f"{bucket}/late", stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(6)  # longer than a transfer may stand still
+    assert process.communicate(b"here")[1] == b"" and process.returncode == 0
+    assert cluster.get(f"{bucket}/late") == b"here"
+
+
+def test_a_reader_that_stands_still_is_told_so(cluster: Cluster, bucket: str, folder: Path) -> None:
+    (folder / "large").write_bytes(bytes(30_000_000))
+    cluster.s4("cp", "large", f"{bucket}/large", cwd=folder)
+    process = cluster.start_s4("cp", f"{bucket}/large", "-")
+    assert process.stdout is not None and process.stderr is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(7)
+    process.stdout.read()
+    said = process.stderr.read().decode()
+    assert process.wait(10) == 1 and "no bytes moved for 5 seconds" in said and "checksum" not in said, said
+
+
+def test_a_download_goes_into_a_pipe_that_has_a_path(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000", b"one\ntwo\n")
+    script = f"s4 cp {bucket}/000 >(wc -l >&2; echo) | cat; s4 cp {bucket}/000 /dev/stdout | cat"
+    done = subprocess.run(["bash", "-c", script], env=cluster.env, capture_output=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == (b"one\ntwo", b"2\n")
+
+
 @pytest.mark.parametrize("arguments", [["{}/d/000", "out"], ["{}/d/000", "dir/"], ["-r", "{}/d/", "dir/"]])
 def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
     cluster: Cluster, bucket: str, folder: Path, arguments: list[str]

@@ -178,6 +178,18 @@ def test_commands_do_not_see_what_earlier_ones_set(cluster: Cluster, key: str) -
         assert values == ["none", "none", "0"] and folder != "/"
 
 
+def test_the_lines_of_a_command_count_from_one(cluster: Cluster, key: str) -> None:
+    assert cluster.s4("eval", key, "echo $LINENO\n\necho $LINENO").lines == ["1", "3"]
+    for command, says in {
+        "true\nno-such-command": "line 2: no-such-command: command not found",
+        "true\n\nif true; fi": "line 3: syntax error near unexpected token `fi'",
+        "true\necho $unset": "line 2: unset: unbound variable",
+        "f() {\n  no-such-command\n}\nf": "line 2: no-such-command",
+    }.items():
+        result = cluster.run("eval", key, command)
+        assert result.code != 0 and says in result.err, result.err
+
+
 def test_a_large_stderr_neither_hangs_nor_hurts(cluster: Cluster, key: str) -> None:
     result = cluster.run("eval", key, "head -c 5000000 /dev/zero >&2; echo out")
     assert (result.code, result.out) == (0, b"out\n")

@@ -762,6 +762,7 @@ def test_symbolic_links_in_the_data_folder_lead_nowhere(start_cluster: Start, fo
 def test_a_full_disk_of_the_client_is_one_clear_line(start_cluster: Start, folder: Path) -> None:
     cluster, node = _alone(start_cluster)
     assert node.put("s4://b/d/000", os.urandom(3 << 20)).status == 200
+    assert node.put("s4://b/e/000", bytes(400_000)).status == 200
     line = cluster.fails("cp", "s4://b/d/000", "/dev/full", code=1, says="/dev/full")
     assert "No space left" in line
     mounted = subprocess.run(
@@ -773,6 +774,8 @@ def test_a_full_disk_of_the_client_is_one_clear_line(start_cluster: Start, folde
         for arguments in (["s4://b/d/000", "out"], ["s4://b/d/000", "dir/"], ["-r", "s4://b/d/", "dir/"]):
             assert "No space left" in cluster.fails("cp", *arguments, code=1, cwd=folder)
             assert tree(folder) == {}
+        cluster.s4("cp", "s4://b/e/000", "out", cwd=folder)  # what is reserved ahead of it does not fit
+        assert tree(folder) == {"out": bytes(400_000)}
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 

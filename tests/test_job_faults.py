@@ -160,6 +160,25 @@ def test_an_interrupt_says_which_node_could_not_be_told(three: Cluster) -> None:
     eventually(lambda: not procs.running("sleep\x007200.5"), 5)
 
 
+def _rename_table(node: Node, table: str, to: str) -> None:
+    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as index:
+        index.execute(f"ALTER TABLE {table} RENAME TO {to}")
+
+
+def test_the_end_of_an_eval_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> None:
+    three.put("s4://b/000", b"data")
+    node = three.owner("s4://b/000")
+    hold = three.work / "hold"
+    hold.touch()
+    client = three.start_s4("eval", "s4://b/000", f"while [ -e {hold} ]; do sleep 0.02; done; cat")
+    eventually(lambda: _running_on(node, "sleep\x000.02"), 20)
+    _rename_table(node, "jobs", "gone")
+    hold.unlink()
+    assert client.communicate(timeout=20) == (b"data", b"") and client.returncode == 0
+    _rename_table(node, "gone", "jobs")
+    eventually(lambda: node.rows("select state from jobs where kind = 'eval'") == [("done",)], 10)
+
+
 def test_an_end_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     hold = three.work / "hold"
@@ -169,17 +188,12 @@ def test_an_end_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> Non
     eventually(lambda: all(_running_on(node, "sleep\x007200.6") for node in three.nodes), 20)
     job = _job_of(client, three)
     broken = three.nodes[1]
-
-    def rename(table: str, to: str) -> None:
-        with contextlib.closing(sqlite3.connect(broken.data / "_index" / "node.db")) as index:
-            index.execute(f"ALTER TABLE {table} RENAME TO {to}")
-
-    rename("jobs", "gone")
+    _rename_table(broken, "jobs", "gone")
     _out, err = client.communicate(timeout=30)
     assert client.returncode == 1 and f"failed: {broken}: the index" in err.decode(), err
     eventually(lambda: not procs.running("sleep\x007200.6"), 10)
     assert _state(broken, job)["state"] == "failed"
-    rename("gone", "jobs")
+    _rename_table(broken, "gone", "jobs")
     hold.unlink()
     eventually(lambda: broken.rows("select state from jobs where id = ?", job) == [("failed",)], 10)
     three.s4("retry", job)

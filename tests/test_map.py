@@ -207,6 +207,7 @@ def test_the_first_failure_stops_everything_on_all_nodes(
     cluster: Cluster, bucket: str, folder: Path, job: str
 ) -> None:
     cluster.put_all({f"{bucket}/in/{i:03}_{i}": b"" for i in range(60)})
+    seconds = f"7101.{JOBS.index(job)}"  # the same test may run for another job at the same time
     # All but one wait; the one fails as soon as others are seen to run.
     key_name = "$(basename $(cat))" if job == "map-from-n" else "$filename"
     command = f"""
@@ -215,14 +216,14 @@ def test_the_first_failure_stops_everything_on_all_nodes(
             while [ $(ls {folder} | wc -l) -lt 6 ]; do sleep 0.05; done
             exit 9
         fi
-        sleep 7101 & sleep 7101"""
+        sleep {seconds} & sleep {seconds}"""
     if job == "map-from-n":
         command = f"name=$(basename $(cat)); {command.replace(key_name, '$name')}"
     began = time.monotonic()
     line = cluster.fails(job, f"{bucket}/in/", f"{bucket}/out/", command, code=1)
     assert "9" in line and "000_0" in line
     assert time.monotonic() - began < 15
-    assert not running("sleep\x007101")
+    assert not running(f"sleep\x00{seconds}")
     assert len(os.listdir(folder)) < 20  # the rest was not started
     assert cluster.keys(f"{bucket}/out/") == []
 

@@ -19,7 +19,8 @@ import sh
 from s4.errors import S4Error
 from s4.workers import processes
 
-_LOOP = r"""
+# The first line is where bash begins to count the lines of a command: from 1, as with `bash -c`.
+_LOOP = r"""s4_run() { unset -f s4_run; eval -- "$s4_command"; }
 set -m
 while read -r; do
     mapfile -d '' -t s4_job <"$1"
@@ -37,7 +38,7 @@ while read -r; do
             set --
         fi
         set -euo pipefail
-        eval -- "$s4_command"
+        s4_run
     ) &
     wait $!
     s4_status=$?
