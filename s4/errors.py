@@ -104,6 +104,10 @@ class DamagedIndexError(S4Error):
     """node.db is not a database of ours, or damaged."""
 
 
+class FullDiskError(S4Error):
+    """The index cannot be written, for its disk is full."""
+
+
 class LocalFileError(S4Error):
     """A local file or folder cannot be read or written."""
 

@@ -180,6 +180,7 @@ class Node:
 
     def keep_house(self) -> None:
         """What has to be done now and then; called about once a second."""
+        self.database.keep_reserve()
         self.transfers.expire()
         self.jobs.keep_house()
         self.evals.keep_house()

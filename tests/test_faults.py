@@ -780,6 +780,33 @@ def test_a_full_disk_of_the_client_is_one_clear_line(start_cluster: Start, folde
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False, check=False)
+    (node,) = cluster.nodes
+    node.data.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "s4-test", str(node.data)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root can have a small disk")
+    try:
+        node.start()
+        cluster.put_all({f"s4://b/{i:03}": bytes(10_000) for i in range(300)})
+        node.terminate()  # which leaves the index without room of its own
+        node.start()
+        with open(node.data / "_tempfiles" / "fill", "wb", buffering=0) as fill, contextlib.suppress(OSError):
+            while True:
+                fill.write(bytes(4096))
+        cluster.fails("cp", "-", "s4://b/more", data=b"x", code=1, says="full; s4 rm makes room")
+        assert cluster.s4("cp", "s4://b/000", "-").out == bytes(10_000)
+        cluster.s4("cp", "-r", "s4://b/", "copy/")
+        cluster.s4("rm", "s4://b/000")
+        cluster.s4("rm", "-r", "s4://b/0")
+        assert len(cluster.keys("s4://b/")) == 200
+        cluster.s4("cp", "-", "s4://b/more", data=b"x")
+    finally:
+        node.terminate()
+        subprocess.run(["umount", str(node.data)], check=True)
+
+
 def test_a_full_disk_of_the_node_is_one_clear_line_and_it_goes_on(start_cluster: Start, folder: Path) -> None:
     cluster = start_cluster(1, start=False)
     (node,) = cluster.nodes

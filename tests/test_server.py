@@ -249,6 +249,8 @@ def test_local_runs_nodes_until_it_is_stopped_and_keeps_their_data(alone: Cluste
         alone.s4("cp", "-", f"s4://b/{name}", data=name.encode(), env=local.env)
     assert [(place / f"node{i}" / "s4_data" / "b" / f"00{i}").exists() for i in range(2)] == [True] * 2
     assert (place / "node0.log").exists() and (place / "node1.log").exists()
+    second = alone.run("local", "--nodes", "2", "--dir", str(place), program=[SERVER])
+    assert second.out == b"" and f"{place} is in use" in second.fatal
     pids = local.pids()
     assert local.stop(signal.SIGINT) == 0
     eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 3, "all are gone")
@@ -378,6 +380,15 @@ def test_reindex_names_files_that_are_no_keys_of_this_node_and_leaves_them(
     assert "another node" in err and "white space and control" in err
     assert all((node.data / name).read_bytes() == data for name, data in files.items())
     assert node.rows("select path from keys") == [("b/002",)]
+
+
+def test_reindex_of_a_folder_that_is_not_there_is_refused(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    code, out, err = _reindex(
+        node, before=("--port", str(node.port), "--conf", str(alone.conf), "--data", "typo")
+    )
+    assert (code, out) == (1, "") and err.startswith("fatal: data folder typo does not exist")
+    assert not (node.folder / "typo").exists()
 
 
 def test_reindex_refuses_while_a_node_runs_on_the_folder(alone: Cluster) -> None:

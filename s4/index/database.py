@@ -4,6 +4,7 @@ Contract: `write()` is the only way to change anything and is one transaction; `
 which no transaction stays open. Private: how connections are kept.
 """
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from s4.errors import DamagedIndexError, S4Error, StoppingError
+from s4.errors import DamagedIndexError, FullDiskError, S4Error, StoppingError
 
 # A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
 _PRAGMAS = """
@@ -24,6 +25,8 @@ _PRAGMAS = """
     PRAGMA cache_size = -1000;
 """
 
+
+RESERVE_BYTES = 1024 * 1024  # several times what the removal of a few hundred keys writes
 
 # What `write` gives: the connection, inside a transaction.
 Transaction: TypeAlias = sqlite3.Connection
@@ -48,6 +51,8 @@ class Database:
         self._write_lock = threading.Lock()
         self._local = threading.local()
         self._closed = False
+        self._reserve = path + "-reserve"
+        self.keep_reserve()
 
     def _connect(self) -> sqlite3.Connection:
         # Autocommit, so that transactions are only where they are written down. The writer moves between
@@ -91,6 +96,21 @@ class Database:
         except sqlite3.Error as e:
             raise _explained(self.path, e) from e
 
+    def keep_reserve(self) -> None:
+        """Hold some disk space back, unless that is done or there is none: with it, removals work on a full
+        disk."""
+        if not os.path.exists(self._reserve):
+            try:
+                with open(self._reserve, "wb") as f:
+                    os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
+            except OSError:
+                self.free_reserve()
+
+    def free_reserve(self) -> None:
+        """Let go of the space that was held back, for what makes room."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._reserve)
+
     def check(self) -> None:
         """Read the whole file. Raises DamagedIndexError if it is not sound."""
         with self.read() as db:
@@ -110,6 +130,8 @@ class Database:
 def _explained(path: str, e: sqlite3.Error) -> S4Error:
     if e.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
+    if e.sqlite_errorname == "SQLITE_FULL":
+        return FullDiskError(f"the index {path}: {e}; s4 rm makes room")
     return S4Error(f"the index {path}: {e}")
 
 

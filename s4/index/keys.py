@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from s4.errors import ConflictError, MissingError, S4Error
+from s4.errors import ConflictError, FullDiskError, MissingError, S4Error
 from s4.index.database import Database, Transaction
 from s4.keys import range_end, url
 
@@ -173,19 +173,29 @@ class KeyIndex:
         unlink: Callable[[Sequence[str]], None],
     ) -> int:
         """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds."""
+        try:
+            gone = self._remove_rows(prefix, which, parameters)
+        except FullDiskError:
+            self._db.free_reserve()
+            gone = self._remove_rows(prefix, which, parameters)
+        if not gone:
+            return 0
+        # A file goes only while no row stands for it: a put of the same key may have come in between.
+        with self._db.write() as db:
+            unlink([path for (path,) in db.execute(_GONE, (json.dumps(gone),))])
+            db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
+        return len(gone)
+
+    def _remove_rows(self, prefix: str, which: str, parameters: tuple[object, ...]) -> list[str]:
+        """Remove the rows alone; the paths that they had."""
         with self._db.write() as db:
             select = f"SELECT path FROM keys WHERE {which} ORDER BY path LIMIT ?"
             doomed = [path for (path,) in db.execute(select, (*parameters, REMOVE_CHUNK))]
-            if not doomed:
-                return 0
-            db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
-            gone = json.dumps(doomed)
-            db.execute("DELETE FROM keys WHERE path IN (SELECT value FROM json_each(?))", (gone,))
-        # A file goes only while no row stands for it: a put of the same key may have come in between.
-        with self._db.write() as db:
-            unlink([path for (path,) in db.execute(_GONE, (gone,))])
-            db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
-        return len(doomed)
+            if doomed:
+                db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
+                query = "DELETE FROM keys WHERE path IN (SELECT value FROM json_each(?))"
+                db.execute(query, (json.dumps(doomed),))
+        return doomed
 
     def makers(self, folder: str) -> set[tuple[str, str | None, int | None]]:
         """(folder, job, task) of all keys below the folders in `folder`, a path that ends in '/'."""
