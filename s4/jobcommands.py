@@ -12,7 +12,7 @@ from s4.progress import columns, watch_for
 from s4.record import asdict
 from s4.report import ending
 from s4.summary import FAILED, JobSummary, Task
-from s4.text import pairs, printable
+from s4.text import as_typed, pairs, printable
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -276,9 +276,7 @@ def show_stat(client: "Any", *words: str, json: bool = False) -> int:
             "command",
             "input",
         )
-        _print_lines(
-            pairs((name, printable(str(fields[name]))) for name in names if fields[name] is not None)
-        )
+        _print_lines(pairs((name, as_typed(str(fields[name]))) for name in names if fields[name] is not None))
     if problem:
         raise UnreachableError(*problem.split(": ", 1))
     return 0

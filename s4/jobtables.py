@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from s4.report import counts, how_it_ended, total
 from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, RUNNING, JobSummary, PlanPart, Task
-from s4.text import duration, pairs, printable, shortened, size, table
+from s4.text import as_typed, duration, pairs, printable, shortened, size, table
 
 # The columns of GNU parallel's --joblog, then our own.
 JOBLOG_COLUMNS = (
@@ -61,7 +61,7 @@ def job_page(job: JobSummary) -> list[str]:
             ("state", job.state),
             ("input", job.indir),
             *([("output", job.outdir)] if job.outdir else []),
-            ("command", printable(job.command)),
+            ("command", as_typed(job.command)),
             ("run", str(job.run)),
             ("started", moment(job.started_s)),
             ("tasks", counts(job)),

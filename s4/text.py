@@ -12,6 +12,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def as_typed(text: str) -> str:
+    """A text as it is, in as many lines and with its blanks, without control characters but tabs."""
+    lines = text.encode("utf-8", "backslashreplace").decode().split("\n")
+    return "\n".join(
+        "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)
+        for line in lines
+    )
+
+
 def one_line(text: str, most: int) -> str:
     """The end of a text of several lines as one, joined by " | "; empty if there is nothing."""
     lines = [line for line in map(printable, text[-4 * most :].splitlines()) if line]
@@ -56,5 +65,7 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = (), gap: str = "
 
 
 def pairs(values: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines `name: value`, the values aligned."""
-    return table([(f"{name}:", value) for name, value in values], gap=" ")
+    """Lines `name: value`, the values aligned, also the further lines of one."""
+    named = [(f"{name}:", value) for name, value in values]
+    indent = "\n" + " " * (max(len(name) for name, _value in named) + 1)
+    return table([(name, value.replace("\n", indent)) for name, value in named], gap=" ")

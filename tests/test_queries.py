@@ -265,6 +265,18 @@ def test_large_values_do_not_fill_the_memory_of_a_node(start_cluster: Callable[.
     assert procs.peak_megabytes(cluster.nodes[0].pid) < 200
 
 
+def test_a_command_of_several_lines_is_shown_as_it_was_typed(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000", b"x")
+    command = "x='a  b'\n\nprintf '%s\\t' \"$x\"\tz\n"
+    cluster.s4("map", f"{bucket}/in/", f"{bucket}/out/", command)
+    job = cluster.s4("jobs", "--limit", "1").lines[1].split()[0]
+    for words in (("job", job), ("stat", f"{bucket}/out/000")):
+        lines = cluster.s4(*words).lines
+        [first] = [i for i, line in enumerate(lines) if line.startswith("command:")]
+        indent = lines[first].index("x=")
+        assert [line[indent:] for line in lines[first : first + 3]] == command.splitlines()
+
+
 def test_commands_that_are_no_text_are_shown_all_the_same(cluster: Cluster, bucket: str) -> None:
     cluster.put(f"{bucket}/in/000", b"x")
     cluster.s4("map", f"{bucket}/in/", f"{bucket}/out/", b"cat #\xff")
