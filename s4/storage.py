@@ -8,8 +8,8 @@
 
 Contract: a path is `BUCKET/DIR/NAME` as the key rules allow it; its file is reached one folder at a time
 without following symbolic links, so nothing below the data folder leads outside it. (For commands, which get
-a path, it is enough that none is on the way.) Publishing is a rename
-on one file system. Which keys exist is for the index to say.
+a path, it is enough that none is on the way.) Publishing is a rename on one file system. Which keys exist is
+for the index to say.
 """
 
 import contextlib
