@@ -7,6 +7,7 @@ answer can ask again. What is never confirmed expires.
 import contextlib
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -33,6 +34,7 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
+IDLE_LISTENERS = 64  # kept for further transfers
 TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
 
 log = logging.getLogger("s4.transfers")
@@ -91,6 +93,7 @@ class _Transfer:
     makers: list[tuple[str | None, int | None]] = field(default_factory=list)  # and the job and task of each
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
+    listener: socket.socket | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -127,6 +130,7 @@ class Transfers:
         self._gate = gate
         self._transfers: dict[str, _Transfer] = {}
         self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
+        self._listeners: list[socket.socket] = []  # idle ones
 
     def prepare_put(
         self, entries: Sequence[tuple[str, int | None, int | None]], peer: str, job: str | None = None
@@ -148,15 +152,17 @@ class Transfers:
         name = str(uuid.uuid4())
         files = [self._storage.temporary_file(f"{name}.{i}") for i in range(len(wanted))]
         sizes = [size for _path, size, _task in wanted]
-        with self._listener() as listener:
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(self._listener())
             port: int = listener.getsockname()[1]
             receive = Receive(files, sizes, peer)
             ticket = self._start(Ticket(Kind.RECEIVE, receive, [os.dup(listener.fileno())]))
+            on_error.pop_all()
         total = None if None in sizes else sum(size or 0 for size in sizes)
         paths = [path for path, _size, _task in wanted]
         makers = [(job, task) for _path, _size, task in wanted]
         self._records.transfer_began(name, "put", paths, total, peer)
-        self._transfers[name] = _Transfer(name, paths, ticket, files, makers)
+        self._transfers[name] = _Transfer(name, paths, ticket, files, makers, listener=listener)
         return Prepared(name, port, refused, [])
 
     def confirm_put(self, name: str, checksums: Sequence[str]) -> list[S4Error | None]:
@@ -271,12 +277,15 @@ class Transfers:
                 return Prepared("", 0, refused, [])
             name = str(uuid.uuid4())
             own_port = 0
+            listener = None
             if port is None:
-                with self._listener() as listener:
-                    own_port = listener.getsockname()[1]
-                    fds.insert(0, os.dup(listener.fileno()))
+                listener = on_error.enter_context(self._listener())
+                own_port = listener.getsockname()[1]
+                fds.insert(0, os.dup(listener.fileno()))
+            ticket = Ticket(Kind.SEND, Send([row.size for row in found], peer, port), [*fds])
+            fds.clear()  # they are the ticket's now
+            self._start(ticket)
             on_error.pop_all()
-        ticket = self._start(Ticket(Kind.SEND, Send([row.size for row in found], peer, port), fds))
         total = sum(row.size for row in found)
         held = [row.path for row in found]
         try:
@@ -285,7 +294,7 @@ class Transfers:
             log.warning("transfer %s: %s", name, e)
         checksums = [row.checksum for row in found]
         self._transfers[name] = _Transfer(
-            name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed
+            name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed, listener=listener
         )
         return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
 
@@ -310,6 +319,22 @@ class Transfers:
         return transfer
 
     def _listener(self) -> socket.socket:
+        """A socket that listens on a port of its own, one that an earlier transfer had if there is one.
+
+        Where hundreds of transfers a second end, and each held its port for a minute more (TIME_WAIT), a new
+        one would soon take milliseconds to find.
+        """
+        try:
+            listener = self._listeners.pop()
+        except IndexError:
+            return self._new_listener()
+        pending = select.poll()
+        pending.register(listener, select.POLLIN)
+        while pending.poll(0):  # who came in the meantime came for nothing
+            listener.accept()[0].close()
+        return listener
+
+    def _new_listener(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         return socket.create_server((self._host, 0), family=family, backlog=8)
 
@@ -327,6 +352,7 @@ class Transfers:
 
     def _end(self, transfer: _Transfer) -> None:
         if self._transfers.pop(transfer.uuid, None) is not None:
+            self._let_go(transfer)
             for file in transfer.files:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
@@ -334,6 +360,15 @@ class Transfers:
                 self._records.transfer_ended(transfer.uuid)
             except S4Error as e:  # the key is stored or not all the same; the next start drops the row
                 log.warning("transfer %s: %s", transfer.uuid, e)
+
+    def _let_go(self, transfer: _Transfer) -> None:
+        """Keep the port of a transfer whose one connection has come and ended well."""
+        if transfer.listener is None:
+            return
+        if transfer.ticket.succeeded and len(self._listeners) < IDLE_LISTENERS:
+            self._listeners.append(transfer.listener)
+        else:
+            transfer.listener.close()
 
     def expire(self) -> None:
         """Drop what nobody confirmed; called about once a second."""

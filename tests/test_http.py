@@ -334,3 +334,23 @@ def test_a_confirmation_may_come_before_the_last_byte(node: Node, bucket: str) -
     with confirm:
         assert read_to_end(confirm).split(b" ", 2)[1] == b"200"
     assert node.fetch(f"{bucket}/000") == b"first second"
+
+
+def test_transfers_use_the_same_few_ports_again(start_cluster: Callable[..., Cluster]) -> None:
+    # Each port would be taken for a minute: at some hundred transfers a second a free one takes long to find.
+    cluster = start_cluster(1)
+    (node,) = cluster.nodes
+    ports = set()
+    for i in range(20):
+        prepared = node.post("/prepare_put", key=f"s4://b/{i:03}")
+        uuid, port = prepared.text.split()
+        ports.add(port)
+        # Somebody who comes too late, or by mistake, is not taken for the next who has this port.
+        node.send(int(port), b"right")
+        assert node.post("/confirm_put", uuid=uuid, checksum=checksum_of(b"right")).status == 200
+        with socket.create_connection((node.host, int(port)), timeout=5) as stranger:
+            stranger.sendall(b"wrong")
+    assert len(ports) == 1
+    for i in range(20):
+        assert cluster.get(f"s4://b/{i:03}") == b"right"
+    assert cluster.nodes[0].rows("select * from transfers") == []

@@ -87,6 +87,11 @@ class Ticket:
         return self._done.is_set()
 
     @property
+    def succeeded(self) -> bool:
+        """Whether it is over, and well."""
+        return self.done and self._error is None
+
+    @property
     def seconds(self) -> float:
         """How long it ran, 0 if it never did; of one that is over."""
         return self.done_s - self.began_s if self.began_s else 0.0
