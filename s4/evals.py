@@ -20,6 +20,8 @@ from s4.workers.tasks import Command, Ran
 LOOK_SECONDS = 0.5  # how often to see whether the caller is still there
 STOP_SECONDS = 3.0  # for the records of evals that were ended with the node
 
+log = logging.getLogger("s4.job")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -30,9 +32,6 @@ class Evaluation:
     stdout_size: int
     stderr: int
     stderr_size: int
-
-
-log = logging.getLogger("s4.job")
 
 
 class Evals:

@@ -29,9 +29,11 @@ _REFUSALS: dict[int, type[S4Error]] = {400: BadRequestError, 404: MissingError, 
 def put_one(caller: Caller, path: str, source: int, size: int | None, name: str) -> None:
     """Store what the descriptor `source` holds as a key. `size` in bytes, None for a pipe; `name` is for
     messages. Raises S4Error; nothing is stored then."""
-    parameters = {"key": url(path)} if size is None else {"key": url(path), "size": str(size)}
+    parameters = {"key": url(path)}
     if size is None:
         wait_for_bytes(source)  # once a transfer is prepared, it must not stand still
+    else:
+        parameters["size"] = str(size)
     uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_put", parameters))
     checksum = ""
     broken: TransferError | None = None

@@ -211,7 +211,7 @@ class Jobs:
         for share in list(self._running.values()):
             if share.ended.is_set() and not share.end_recorded:
                 try:
-                    share.record_end()
+                    share.record_end(share.state)
                 except S4Error:
                     continue
                 with self._lock:

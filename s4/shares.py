@@ -147,7 +147,7 @@ class Share:
         try:
             self._finished_s = time.time()
             self._abandon(state)
-            self._record_end(state)
+            self.record_end(state)
         except (S4Error, OSError) as e:
             log.error("job %s: its end is not recorded: %s", self.job.id, e)
             self.failure = self.failure or S4Error(f"the end of job {self.job.id} is not recorded: {e}")
@@ -158,16 +158,13 @@ class Share:
         on_end(self)
         self.ended.set()
 
-    def _record_end(self, state: str) -> None:
+    def record_end(self, state: str) -> None:
+        """Write down how the share ended. Raises S4Error: then it may be tried again."""
         error = None if self.failure is None or state == DONE else str(self.failure)
         self._parts.jobs.progress(self.job.id, self._changes, self._counts)
         self._parts.jobs.end(self.job.id, state, error, self._finished_s)
         self._counts = self._parts.jobs.share(self.job.id).counts
         self.end_recorded = True
-
-    def record_end(self) -> None:
-        """Try again to write down how a share ended. Raises S4Error."""
-        self._record_end(self.state)
 
     def _run(self) -> None:
         if not self._listed:

@@ -157,11 +157,11 @@ class Transfers:
             port: int = listener.getsockname()[1]
             receive = Receive(files, sizes, peer)
             ticket = self._start(Ticket(Kind.RECEIVE, receive, [os.dup(listener.fileno())]))
+            total = None if None in sizes else sum(size or 0 for size in sizes)
+            paths = [path for path, _size, _task in wanted]
+            self._records.transfer_began(name, "put", paths, total, peer)
             on_error.pop_all()
-        total = None if None in sizes else sum(size or 0 for size in sizes)
-        paths = [path for path, _size, _task in wanted]
         makers = [(job, task) for _path, _size, task in wanted]
-        self._records.transfer_began(name, "put", paths, total, peer)
         self._transfers[name] = _Transfer(name, paths, ticket, files, makers, listener=listener)
         return Prepared(name, port, refused, [])
 
@@ -324,17 +324,13 @@ class Transfers:
         Where hundreds of transfers a second end, and each held its port for a minute more (TIME_WAIT), a new
         one would soon take milliseconds to find.
         """
-        try:
+        with contextlib.suppress(IndexError, OSError):
             listener = self._listeners.pop()
-        except IndexError:
-            return self._new_listener()
-        pending = select.poll()
-        pending.register(listener, select.POLLIN)
-        while pending.poll(0):  # who came in the meantime came for nothing
-            listener.accept()[0].close()
-        return listener
-
-    def _new_listener(self) -> socket.socket:
+            pending = select.poll()
+            pending.register(listener, select.POLLIN)
+            while pending.poll(0):  # who came in the meantime came for nothing
+                listener.accept()[0].close()
+            return listener
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         return socket.create_server((self._host, 0), family=family, backlog=8)
 
