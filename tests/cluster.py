@@ -31,6 +31,8 @@ import xxhash
 from procs import eventually
 from reference import checksum_of, name_of, owner_of
 
+from s4.workers.processes import die_with_parent
+
 BIN = Path(sys.executable).parent
 S4 = str(BIN / "s4")
 SERVER = str(BIN / "s4-server")
@@ -139,7 +141,8 @@ class Node:
         """
         place = [] if bare else ["-port", str(self.port), "-conf", str(self.cluster.conf)]
 
-        def limit() -> None:
+        def prepare() -> None:
+            die_with_parent()  # a Ctrl-C ends pytest's own processes without their fixtures
             if files_up_to is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (files_up_to, files_up_to))
 
@@ -152,7 +155,7 @@ class Node:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=limit,
+                preexec_fn=prepare,
             )
         self.cluster.processes.append(self.process)
 
