@@ -253,7 +253,7 @@ class Share:
         attempt.target = self._inputs.target(task.input)
         if self.job.kind != MAP_TO_N:
             parse_key(attempt.target)
-            conflict = self._parts.keys.conflict(attempt.target, self.job.id, task.task)
+            [conflict] = self._parts.keys.conflicts([(attempt.target, task.task)], self.job.id)
             if conflict is not None:
                 if self.job.skip_existing and self._parts.keys.exists(attempt.target):
                     self._counts.skipped += 1
@@ -399,8 +399,6 @@ class Share:
                     self._stored(attempt)
                 else:
                     refused.append((attempt, str(error), error))
-                # Not moved away: it was refused, or the key was there from an earlier attempt.
-                if error is not None or attempt.number > 1 or self.job.run > 1:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(finished.file.file)
             self._parts.jobs.change(db, self.job.id, self._changes)

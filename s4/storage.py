@@ -21,7 +21,7 @@ import os
 import stat
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from s4.errors import ConflictError, MissingError, S4Error
 from s4.keys import url
@@ -111,21 +111,39 @@ class Storage:
         except OSError as e:
             raise _explained(path, e) from e
 
-    def publish(self, temporary: str, path: str) -> None:
-        """Move finished bytes to the place of a key, over what a crash may have left there.
+    @contextlib.contextmanager
+    def placing(self) -> Iterator[Callable[[str, str], None]]:
+        """Gives `place(temporary, path)`, which moves finished bytes to the place of a key, over what a crash
+        may have left there.
 
-        Raises ConflictError if a folder with files stands there, S4Error for a symbolic link on the way.
+        It keeps the folder of the last key open for the next, so nobody may remove folders meanwhile. It
+        raises ConflictError if a folder with files stands there, S4Error for a symbolic link on the way.
         """
-        folder, name = os.path.split(path)
-        try:
-            with self._folder(folder, create=True) as fd:
+        opened = ""  # the folder of `fd`; a bucket has a name
+        fd = -1
+
+        def place(temporary: str, path: str) -> None:
+            nonlocal opened, fd
+            folder, name = os.path.split(path)
+            try:
+                if folder != opened:
+                    below = self._open_folder(folder, create=True)
+                    if opened:
+                        os.close(fd)
+                    opened, fd = folder, below
                 try:
                     os.rename(temporary, name, dst_dir_fd=fd)
                 except IsADirectoryError:
                     self._remove_empty_folders(os.path.join(self.root, path))
                     os.rename(temporary, name, dst_dir_fd=fd)
-        except OSError as e:
-            raise _explained(path, e) from e
+            except OSError as e:
+                raise _explained(path, e) from e
+
+        try:
+            yield place
+        finally:
+            if opened:
+                os.close(fd)
 
     def unlink(self, paths: Sequence[str]) -> None:
         """Remove the files of keys, and the folders that this leaves empty. Missing files are fine."""
@@ -154,7 +172,14 @@ class Storage:
             folder = parent
 
     @contextlib.contextmanager
-    def _folder(self, folder: str, create: bool = False) -> Iterator[int]:
+    def _folder(self, folder: str) -> Iterator[int]:
+        fd = self._open_folder(folder)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open_folder(self, folder: str, *, create: bool = False) -> int:
         fd = os.dup(self._root_fd)
         try:
             for depth, name in enumerate(folder.split("/") if folder else ()):
@@ -177,9 +202,10 @@ class Storage:
                     below = os.open(name, _FOLDER_FLAGS, dir_fd=fd)
                 os.close(fd)
                 fd = below
-            yield fd
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def _remove_empty_folders(self, top: str) -> None:
         for folder, _folders, files in os.walk(top, topdown=False):

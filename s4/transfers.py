@@ -25,6 +25,7 @@ from s4.errors import (
     StoppingError,
     TransferError,
 )
+from s4.exchange import MAX_BATCH_KEYS
 from s4.index import KeyIndex, NewKey, Records, Transaction
 from s4.keys import url
 from s4.storage import Storage
@@ -35,7 +36,7 @@ SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead tr
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
-TRANSACTION_KEYS = 200  # keys that one transaction makes; bounds how long other writers wait
+TRANSACTION_KEYS = MAX_BATCH_KEYS  # keys that one transaction makes; bounds how long other writers wait
 
 log = logging.getLogger("s4.transfers")
 
@@ -94,6 +95,7 @@ class _Transfer:
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
     listener: socket.socket | None = None
+    recorded: bool = True  # as under way
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -142,9 +144,10 @@ class Transfers:
         """
         refused: list[S4Error | None] = []
         seen: set[str] = set()
-        for path, _size, task in entries:
+        conflicts = self._keys.conflicts([(path, task) for path, _size, task in entries], job)
+        for (path, _size, _task), conflict in zip(entries, conflicts, strict=True):
             twice = ConflictError(f"{url(path)} is there twice") if path in seen else None
-            refused.append(twice or self._keys.conflict(path, job, task))
+            refused.append(twice or conflict)
             seen.add(path)
         wanted = [entry for entry, error in zip(entries, refused, strict=True) if error is None]
         if not wanted:
@@ -181,15 +184,18 @@ class Transfers:
             ended = self._outcomes.get(name)
             if ended is None:
                 self._find(name, put=True)  # it may have expired while we waited
+                left = transfer.files
                 try:
                     received = self._received(transfer)
-                    outcome = _Outcome(self._publish(transfer, received, checksums), None, time.monotonic())
+                    refused = self._publish(transfer, received, checksums)
+                    left = [file for file, error in zip(left, refused, strict=True) if error is not None]
+                    outcome = _Outcome(refused, None, time.monotonic())
                 except BusyError:
                     raise
                 except S4Error as e:
                     outcome = _Outcome([], e, time.monotonic())
                 ended = self._outcomes[name] = outcome
-                self._end(transfer)
+                self._end(transfer, left)
         return ended.answer()
 
     def _received(self, transfer: _Transfer) -> Received:
@@ -226,7 +232,12 @@ class Transfers:
                         f"{url(path)}: checksum {checksum or 'missing'} was sent, but {file.checksum} came"
                     )
                 )
-        results = iter(self.publish(good))
+
+        def forget(db: Transaction, _outcome: Sequence[S4Error | None]) -> None:
+            self._records.transfer_stored(db, transfer.uuid)
+
+        results = iter(self.publish(good, forget))
+        transfer.recorded = not good
         return [error if error is not None else next(results) for error in outcome]
 
     def publish(
@@ -234,8 +245,8 @@ class Transfers:
     ) -> list[S4Error | None]:
         """Make finished files keys of this node, in few transactions.
 
-        `also(db, outcome)` is called in each, with the outcome of its files. Returns per key None or why it
-        was refused; the file is still there then, or if an earlier attempt had made the same key.
+        `also(db, outcome)` is called in each, with the outcome of its files. Returns per key None, or why it
+        was refused; the file is still there then.
         """
         outcome: list[S4Error | None] = []
         for start in range(0, len(files), TRANSACTION_KEYS):
@@ -244,12 +255,11 @@ class Transfers:
         return outcome
 
     def _publish_together(self, files: Sequence[Finished], also: Also) -> list[S4Error | None]:
-        return self._keys.add(
-            [NewKey(path, file.size, file.checksum, job, task) for path, file, job, task in files],
-            lambda i: self._storage.publish(files[i].file.file, files[i].path),
-            self._storage.unlink,
-            also,
-        )
+        keys = [NewKey(path, file.size, file.checksum, job, task) for path, file, job, task in files]
+        with self._storage.placing() as place:
+            return self._keys.add(
+                keys, lambda i: place(files[i].file.file, files[i].path), self._storage.unlink, also
+            )
 
     def prepare_get(
         self, paths: Sequence[str], peer: str, port: int | None = None, *, confirmed: bool
@@ -301,7 +311,7 @@ class Transfers:
     def confirm_get(self, name: str, checksum: str) -> None:
         """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
         transfer = self._find(name, put=False)
-        self._end(transfer)
+        self._end(transfer, [])
         if transfer.ticket.done:
             try:
                 transfer.ticket.result()
@@ -346,14 +356,16 @@ class Transfers:
                 raise
         return ticket
 
-    def _end(self, transfer: _Transfer) -> None:
+    def _end(self, transfer: _Transfer, left: Sequence[str]) -> None:
+        """Forget a transfer, and remove the files that are left of it."""
         if self._transfers.pop(transfer.uuid, None) is not None:
             self._let_go(transfer)
-            for file in transfer.files:
+            for file in left:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
             try:
-                self._records.transfer_ended(transfer.uuid)
+                if transfer.recorded:
+                    self._records.transfer_ended(transfer.uuid)
             except S4Error as e:  # the key is stored or not all the same; the next start drops the row
                 log.warning("transfer %s: %s", transfer.uuid, e)
 
@@ -377,7 +389,7 @@ class Transfers:
                 unconfirmed_s = now - transfer.ticket.done_s
                 if not transfer.confirmed_by_caller or unconfirmed_s > UNCONFIRMED_SECONDS:
                     with transfer.lock:
-                        self._end(transfer)
+                        self._end(transfer, transfer.files)
 
 
 def _close_all(fds: list[int]) -> None:

@@ -3,11 +3,16 @@
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cluster import Answer, Cluster, Node, read_to_end
 from procs import eventually
 from reference import checksum_of
+
+from s4.config import read_conf
+from s4.exchange import put_stored
+from s4.http import Caller
 
 
 @pytest.fixture
@@ -354,3 +359,29 @@ def test_transfers_use_the_same_few_ports_again(start_cluster: Callable[..., Clu
     for i in range(20):
         assert cluster.get(f"s4://b/{i:03}") == b"right"
     assert cluster.nodes[0].rows("select * from transfers") == []
+
+
+def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    key = f"{bucket}/out/000/0"
+    node = cluster.owner(key)
+    caller = Caller(str(node), read_conf(str(cluster.conf)).fingerprint, 30)
+    made = folder / "made"
+
+    def send(data: bytes, task: int) -> list[str]:
+        made.write_bytes(data)
+        entry = (key.removeprefix("s4://"), str(made), len(data), checksum_of(data), task)
+        return [type(no).__name__ for no in put_stored(caller, "job", [entry])]
+
+    for data, task, outcome in (
+        (b"one", 7, "NoneType"),
+        (b"one", 7, "NoneType"),
+        (b"two", 7, "NoneType"),
+        (b"three", 8, "ConflictError"),
+    ):
+        assert send(data, task) == [outcome]
+        assert not list((node.data / "_tempfiles").iterdir())
+        assert node.rows("select count(*) from transfers") == [(0,)]
+    assert node.fetch(key) == b"two"
+    node.check()

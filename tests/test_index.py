@@ -291,7 +291,7 @@ def test_reading_always_searches_by_the_primary_key(database: Database) -> None:
     read.set_trace_callback(statements.append)
     index.get("b/1/1")
     index.exists("b/1/1")
-    index.conflict("b/x/y/z")
+    index.conflicts([("b/x/y/z", None)])
     for prefix in ("", "b", "b/", "b/1", "b/\U0010ffff"):
         assert _listed(index, prefix) is not None
         if "/" in prefix:
@@ -403,18 +403,52 @@ def test_what_ran_when_the_node_stopped_is_lost_and_the_rest_never_began(databas
 
 def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
     index = KeyIndex(database)
+    placed: list[int] = []
     removed: list[str] = []
 
     def add(*keys: NewKey) -> list[str]:
-        return [type(e).__name__ for e in index.add(keys, lambda _i: None, removed.extend)]
+        placed.clear()
+        return [type(e).__name__ for e in index.add(keys, placed.append, removed.extend)]
 
     assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"]
-    assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"] and removed == []
-    assert add(NewKey("b/x", 2, "b", "j", 7)) == ["NoneType"] and removed == ["b/x"]
+    assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"] and (placed, removed) == ([0], [])
+    assert add(NewKey("b/x", 2, "b", "j", 7)) == ["NoneType"] and (placed, removed) == ([0], ["b/x"])
     assert add(NewKey("b/x", 3, "c", "j", 8)) == ["ConflictError"]
     assert add(NewKey("b/x", 3, "c", "k", 7)) == ["ConflictError"]
-    assert add(NewKey("b/x", 3, "c")) == ["ConflictError"]
+    assert add(NewKey("b/x", 3, "c")) == ["ConflictError"] and placed == []
     assert index.get("b/x")[1:3] == (2, "b")
+    # In one batch, too, each stands where the next wants to be.
+    batch = ["b/new", "b/new", "b/new/x", "b/y/z", "b/y", "b/x/y", "b/x"]
+    outcome = add(*(NewKey(path, 2, "b", "j", 7) for path in batch))
+    assert [path for path, no in zip(batch, outcome, strict=True) if no == "NoneType"] == [
+        "b/new",
+        "b/y/z",
+        "b/x",
+    ]
+
+
+def test_what_stands_in_the_way_is_told_for_each_key_by_itself(database: Database) -> None:
+    index = KeyIndex(database)
+    made = ["b/key", "b/folder/sub/key", "b/free-", "b/free0"]  # '/' stands between '-' and '0'
+    index.add([NewKey(path, 1, "a", "j", 7) for path in made], lambda _i: None, lambda _paths: None)
+    expected = {
+        ("b/key", 7): None,
+        ("b/key", 8): "exists already",
+        ("b/key/x", 7): "needs a folder where the key s4://b/key is",
+        ("b/key/x/y", 7): "needs a folder where the key s4://b/key is",
+        ("b/folder", 7): "is a folder here: s4://b/folder/sub/key",
+        ("b/folder/sub", 7): "is a folder here: s4://b/folder/sub/key",
+        ("b/folder/sub/key", 7): None,
+        ("b/folder/sub/key2", 7): None,
+        ("b/folder.x", 7): None,
+        ("b/fol", 7): None,
+        ("b/free", 7): None,
+        ("c/key/x", 7): None,
+    }
+    for (path, task), found in zip(expected, index.conflicts(list(expected), "j"), strict=True):
+        part = expected[path, task]
+        assert (found is None) if part is None else part in str(found), (path, found)
+    assert "exists already" in str(index.conflicts([("b/key", None)])[0])
 
 
 def _queried(database: Database, sql: str, limit: int = 100) -> list[object]:

@@ -3,6 +3,7 @@
 Start-up is most of a short command, and imports are most of the start.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, write_tree
 
 from s4.index import Database, JobIndex, JobRow, KeyIndex, NewKey, NewTask
+from s4.storage import Storage
 
 # The script that pip makes of it does this, and depending on pip imports `re` before.
 S4 = ("-c", "from s4.cli import main; main()")
@@ -207,3 +210,44 @@ def test_a_batch_is_one_transaction(folder: Path) -> None:
     assert _transactions(database, lambda: jobs.add_tasks("job", tasks)) == 1
     assert _transactions(database, lambda: jobs.end("job", "cancelled", None)) <= 3
     database.close()
+
+
+def test_a_batch_is_looked_up_in_a_few_statements(folder: Path) -> None:
+    database = Database(str(folder / "node.db"))
+    keys = KeyIndex(database)
+    counts = set()
+    for size in (1, 200):
+        paths = [f"b/{size}/{i // 10}/{i}" for i in range(size)]
+        statements = list[str]()
+        with database.read() as read, database.write() as write:
+            read.set_trace_callback(statements.append)
+            write.set_trace_callback(statements.append)
+        keys.conflicts([(path, 7) for path in paths], "j")
+        keys.get_all(paths)
+        batch = [NewKey(path, 1, "0", "j", 7) for path in paths]
+        keys.add(batch, lambda _i: None, lambda _paths: None)
+        counts.add(sum(1 for sql in statements if sql.split()[0] == "SELECT"))
+    assert len(counts) == 1 and counts.pop() < 10
+    database.close()
+
+
+def test_the_folder_of_many_outputs_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(folder / "data"))
+    opened: list[object] = []
+    really = os.open
+
+    def spy(path: str, *arguments: Any, **options: Any) -> int:
+        opened.append(path)
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", spy)
+    with storage.placing() as place:
+        for i in range(100):
+            made = Path(storage.temporary_file(str(i)))
+            made.touch()
+            place(str(made), f"b/folder/{i // 50}/{i}")
+    monkeypatch.undo()
+    assert len(list(storage.walk())) == 100
+    # Each of the three folders above a key when it is made, and again for the second.
+    assert len([path for path in opened if not str(path).startswith("/")]) < 15, opened
+    storage.close()

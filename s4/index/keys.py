@@ -17,9 +17,17 @@ from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
-# Of a JSON list of paths those that are no keys, in its order.
+# Each takes a JSON list of paths: one statement for a batch, whatever its size.
+_FOUND = """
+    SELECT keys.path, size, checksum, created_s, job, task
+    FROM json_each(?) CROSS JOIN keys ON keys.path = value
+"""
 _GONE = """
     SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM keys WHERE path = value)
+"""
+_KEYS_IN_THEM = """
+    SELECT value, (SELECT path FROM keys WHERE path >= value || '/' AND path < value || '0' LIMIT 1) AS inside
+    FROM json_each(?) WHERE inside IS NOT NULL
 """
 _LAST = b""  # above every path: to SQLite any blob is larger than any text
 
@@ -69,21 +77,23 @@ class KeyIndex:
 
     def find(self, path: str) -> KeyRow | None:
         """The row of a key, None if there is none."""
-        query = "SELECT path, size, checksum, created_s, job, task FROM keys WHERE path = ?"
-        with self._db.read() as db:
-            found = db.execute(query, (path,)).fetchone()
-        return None if found is None else KeyRow(*found)
+        return self.get_all([path])[0]
 
     def get_all(self, paths: Sequence[str]) -> list[KeyRow | None]:
         """The rows of many keys, None for a missing one."""
-        return [self.find(path) for path in paths]
-
-    def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
-        """Why a key cannot be created: it exists, or a key stands where it needs a folder, or it would
-        stand where keys need a folder. A key that the same task of the same job made does not stand in its
-        own way."""
         with self._db.read() as db:
-            return _conflict(db, path, job, task)
+            found = {row[0]: KeyRow._make(row) for row in db.execute(_FOUND, (json.dumps(paths),))}
+        return [found.get(path) for path in paths]
+
+    def conflicts(
+        self, wanted: Sequence[tuple[str, int | None]], job: str | None = None
+    ) -> list[ConflictError | None]:
+        """Why keys, given as (path, number of the task of `job` that makes it), cannot be created, each by
+        itself: it exists, or a key stands where it needs a folder, or it would stand where keys need a
+        folder. A key that the same task of the same job made does not stand in its own way."""
+        with self._db.read() as db:
+            standing = _Standing(db, [path for path, _task in wanted])
+        return [standing.conflict(path, job, task) for path, task in wanted]
 
     def add(
         self,
@@ -96,21 +106,23 @@ class KeyIndex:
 
         `place(i)` puts the bytes of row i where they belong; it runs after the row was inserted and before
         the commit, and may raise S4Error to refuse. A key that an earlier attempt of the same task made is
-        replaced, or left as it is if its bytes are the same. `also(db, outcome)` writes more into the same
-        transaction. Returns per row None or why it was refused; refused rows leave nothing. Raises S4Error
-        if nothing could be committed, after `unlink(paths)` of what was placed.
+        replaced; if its bytes are the same, it is there all the while. `also(db, outcome)` writes more into
+        the same transaction. Returns per row None or why it was refused; refused rows leave nothing. Raises
+        S4Error if nothing could be committed, after `unlink(paths)` of what was placed.
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
-        kept = self._drop_earlier(rows, unlink)
+        same = self._drop_earlier(rows, unlink)
         try:
             with self._db.write() as db:
+                standing = _Standing(db, [row.path for row in rows])
                 for i, row in enumerate(rows):
-                    refused: S4Error | None = None
-                    if row.path not in kept:
-                        refused = _conflict(db, row.path)
-                        if refused is None:
-                            refused = self._insert(db, row, now, place, i)
+                    if row.path in same:
+                        refused = _refusal(place, i)
+                    else:
+                        refused = standing.conflict(row.path) or self._insert(db, row, now, place, i)
+                    if refused is None:
+                        standing.add(row.path)
                     outcome.append(refused)
                 also(db, outcome)
         except S4Error:
@@ -126,28 +138,24 @@ class KeyIndex:
     ) -> S4Error | None:
         path, size, checksum, job, task = row
         db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?)", (path, size, checksum, now, job, task))
-        try:
-            place(i)
-        except S4Error as e:
+        refused = _refusal(place, i)
+        if refused is not None:
             db.execute("DELETE FROM keys WHERE path = ?", (path,))
-            return e
-        return None
+        return refused
 
     def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[Sequence[str]], None]) -> set[str]:
-        """Remove what earlier attempts of the same tasks made, but for the keys that are the same again,
-        which are returned."""
-        kept = set()
-        for row in rows:
-            if row.job is None:
-                continue
-            found = self.find(row.path)
+        """Remove what earlier attempts of the same tasks made, but for the keys whose bytes are the same
+        again, which are returned."""
+        made = [row for row in rows if row.job is not None]
+        same = set()
+        for row, found in zip(made, self.get_all([row.path for row in made]), strict=True):
             if found is None or (found.job, found.task) != (row.job, row.task):
                 continue
             if (found.size, found.checksum) == (row.size, row.checksum):
-                kept.add(row.path)
+                same.add(row.path)
             else:
                 self.remove(row.path, unlink)
-        return kept
+        return same
 
     def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""
@@ -319,22 +327,42 @@ def bounds(prefix: str) -> tuple[str, str | bytes]:
     return prefix, _LAST if end is None else end
 
 
-def _conflict(
-    db: sqlite3.Connection, path: str, job: str | None = None, task: int | None = None
-) -> ConflictError | None:
-    below = path + "/"
-    found = db.execute(
-        "SELECT path, job, task FROM keys WHERE path = ? OR (path >= ? AND path < ?) LIMIT 1",
-        (path, below, path + "0"),
-    ).fetchone()
-    if found is not None:
-        if found[0] != path:
-            return ConflictError(f"{url(path)} is a folder here: {url(found[0])} stands in it")
-        if job is None or found[1:] != (job, task):
+class _Standing:
+    """What stands in the index where some keys are to be created."""
+
+    def __init__(self, db: sqlite3.Connection, paths: Sequence[str]) -> None:
+        folders = {folder for path in paths for folder in _folders_above(path)}
+        rows = db.execute(_FOUND, (json.dumps([*paths, *folders]),))
+        self._makers = {row[0]: (row[4], row[5]) for row in rows}  # of the keys there are: job and task
+        self._in_folders: dict[str, str] = dict(db.execute(_KEYS_IN_THEM, (json.dumps(paths),)))
+
+    def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
+        """See KeyIndex.conflicts."""
+        if path in self._in_folders:
+            return ConflictError(f"{url(path)} is a folder here: {url(self._in_folders[path])} stands in it")
+        if path in self._makers and (job is None or self._makers[path] != (job, task)):
             return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
+        for folder in _folders_above(path):
+            if folder in self._makers:
+                return ConflictError(f"{url(path)} needs a folder where the key {url(folder)} is")
+        return None
+
+    def add(self, path: str) -> None:
+        """This key stands there now, too."""
+        self._makers[path] = None, None
+        for folder in _folders_above(path):
+            self._in_folders.setdefault(folder, path)
+
+
+def _folders_above(path: str) -> list[str]:
+    """The folders that a key stands in, without its bucket."""
     parts = path.split("/")
-    for i in range(2, len(parts)):
-        above = "/".join(parts[:i])
-        if db.execute("SELECT 1 FROM keys WHERE path = ?", (above,)).fetchone() is not None:
-            return ConflictError(f"{url(path)} needs a folder where the key {url(above)} is")
+    return ["/".join(parts[:i]) for i in range(2, len(parts))]
+
+
+def _refusal(place: Callable[[int], None], i: int) -> S4Error | None:
+    try:
+        place(i)
+    except S4Error as e:
+        return e
     return None

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from s4.index.database import Database
+from s4.index.database import Database, Transaction
 
 
 class Records:
@@ -29,7 +29,11 @@ class Records:
     def transfer_ended(self, uuid: str) -> None:
         """A transfer was confirmed, failed or expired."""
         with self._db.write() as db:
-            db.execute("DELETE FROM transfers WHERE uuid = ?", (uuid,))
+            self.transfer_stored(db, uuid)
+
+    def transfer_stored(self, db: Transaction, uuid: str) -> None:
+        """A put becomes keys in this transaction, which is its end."""
+        db.execute("DELETE FROM transfers WHERE uuid = ?", (uuid,))
 
     def left_by_crash(self) -> tuple[list[str], list[str]]:
         """(paths, prefixes) where the node that ran before may have left files without a row."""
