@@ -6,7 +6,7 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail
+from s4.workers.scratch import FOLDER_MODE, MemoryFile, Scratch, is_own_folder, open_made, read_tail
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
@@ -20,7 +20,8 @@ class Commands:
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._shell = Shell(scratch.job)
+        self._shell = Shell()
+        self._input = MemoryFile("input")  # the paths that a map-from-n reads
 
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
@@ -30,9 +31,8 @@ class Commands:
         self._give_folder(task.folder)
         try:
             if stdin is None:
-                stdin = scratch.stdin
-                with open(stdin, "w", encoding="utf-8") as f:
-                    f.writelines(line + "\n" for line in task.input_lines)
+                stdin = self._input.path
+                self._input.write(line.encode() + b"\n" for line in task.input_lines)
             exitcode, usage = self._shell.run(
                 task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
             )
@@ -54,6 +54,7 @@ class Commands:
                 os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
+            self._input.write([])
             self._take_folder(task.folder)
             remove_tree(scratch.stdout)
 
@@ -108,14 +109,13 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
         said = f"it printed {text[:SHOWN_CHARACTERS]!r}{'…' if len(text) > SHOWN_CHARACTERS else ''}"
         if "\0" in text or len(raw) > MAX_PATH_BYTES:
             return {}, f"{said}, which is no path"
-        path = os.path.realpath(os.path.join(top, text))
         name = os.path.basename(os.path.normpath(text))
-        if os.path.commonpath([top, path]) != top:
-            return {}, f"{said}, which leaves its folder"
         try:
-            mode = os.stat(path).st_mode
+            path, mode = _led_to(os.path.join(top, text))
         except OSError as e:
             return {}, f"{said}: {e.strerror}"
+        if not f"{path}/".startswith(f"{top}/"):
+            return {}, f"{said}, which leaves its folder"
         if not stat.S_ISREG(mode):
             return {}, f"{said}, which is not a file"
         if name in found:
@@ -125,3 +125,13 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
         found[name] = path
         paths.add(path)
     return found, ""
+
+
+def _led_to(path: str) -> tuple[str, int]:
+    """Where a path leads, through symbolic links, and the mode of what is there. Raises OSError."""
+    # The kernel tells where a descriptor leads: a fraction of looking at each folder on the way.
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode
+    finally:
+        os.close(fd)

@@ -18,6 +18,7 @@ import sh
 
 from s4.errors import S4Error
 from s4.workers import processes
+from s4.workers.scratch import MemoryFile
 
 # The first line is where bash begins to count the lines of a command: from 1, as with `bash -c`.
 _LOOP = r"""s4_run() { unset -f s4_run; eval -- "$s4_command"; }
@@ -68,10 +69,10 @@ class Usage(NamedTuple):
 
 
 class Shell:
-    """A kept bash. `job_file` is where the fields of the next command are written."""
+    """A kept bash."""
 
-    def __init__(self, job_file: str) -> None:
-        self._job_file = job_file
+    def __init__(self) -> None:
+        self._job = MemoryFile("job")  # tells bash what to run
         self._process: Any = None
         self._stdin = self._status = -1
         self._ready = select.poll()
@@ -90,17 +91,16 @@ class Shell:
             self._start()
         variables = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
-        with open(self._job_file, "wb") as f:
-            f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
+        self._job.write(os.fsencode(field) + b"\0" for field in fields)
         try:
-            return self._run_job_file()
+            return self._run_job()
         except BaseException:
             self._stop()  # out of step, it would answer the next command with the end of this one
             raise
         finally:
             self._end_orphans()
 
-    def _run_job_file(self) -> tuple[int, Usage]:
+    def _run_job(self) -> tuple[int, Usage]:
         try:
             os.write(self._stdin, b"\n")
             answer, peak_memory = self._answer()
@@ -147,7 +147,7 @@ class Shell:
         with os.fdopen(stdin, "rb") as r, os.fdopen(stdout, "wb") as w, open(os.devnull, "wb") as null:
             bash: Any = sh.bash  # its types know lists of exit codes, not ranges
             self._process = bash(
-                *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job_file),
+                *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job.path),
                 _in=r,
                 _out=w,
                 _err=null,
