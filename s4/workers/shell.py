@@ -47,12 +47,6 @@ while read -r; do
     echo "$s4_status"
 done 2>/dev/null
 """
-# What commands see beside the node's own variables and those of their task.
-_ENVIRONMENT = {
-    "LC_ALL": "C",
-    # glibc asks for huge pages of memory: `sort` of 20 MB takes 10 to 15 % less, small programs the same.
-    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-}
 _TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in /proc, a second
 # How often memory is looked at: after a quarter of the time that the command has run. A look costs 0.1 to 0.3
 # ms, and many commands may run at once.
@@ -89,7 +83,7 @@ class Shell:
         """
         if self._process is None:
             self._start()
-        variables = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **environment}.items()]
+        variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
         self._job.write(os.fsencode(field) + b"\0" for field in fields)
         try:
