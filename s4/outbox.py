@@ -15,7 +15,7 @@ MAX_UNSENT_BYTES = 512 * 1024 * 1024  # outputs waiting to leave; beyond it no f
 MAX_UNSENT_FILES = 20_000
 PUSHES_PER_SERVER = 2
 GATHER_FILES = 100  # outputs for a server wait until there are so many,
-GATHER_BYTES = 8 * 1024 * 1024  # or they are so large,
+GATHER_BYTES = 32 * 1024 * 1024  # or they are so large,
 GATHER_SECONDS = 0.2  # or for so long, or until no command runs
 
 T = TypeVar("T")  # what the sender wants back with the fate of an output
@@ -93,6 +93,11 @@ class Outbox(Generic[T]):
         return self._files >= MAX_UNSENT_FILES or self._bytes >= MAX_UNSENT_BYTES
 
     @property
+    def _filling(self) -> bool:
+        """Whether batches should leave, however small they are, so that commands need not wait for room."""
+        return self._files >= MAX_UNSENT_FILES // 2 or self._bytes >= MAX_UNSENT_BYTES // 2
+
+    @property
     def anything_waits(self) -> bool:
         """Whether something still gathers."""
         return any(gathered.waiting for gathered in self._gathered.values())
@@ -114,7 +119,7 @@ class Outbox(Generic[T]):
             while (
                 gathered.waiting
                 and under_way < PUSHES_PER_SERVER
-                and (nothing_more or self.full or gathered.due())
+                and (nothing_more or self._filling or gathered.due())
             ):
                 batch = gathered.take()
                 entries = [(path, file, task) for path, file, task, _sender in batch]

@@ -1,4 +1,5 @@
-"""The pool on real processes: limits, deaths, time limits, and that nothing of a command outlives it.
+"""The pool on real processes, and the outbox of a shuffle, which feeds it: limits, deaths, time limits, and
+that nothing of a command outlives it.
 
 A pool takes in, and ends, what its process started in other sessions, so each test runs in a process alone.
 """
@@ -15,14 +16,18 @@ from pathlib import Path
 
 import procs
 import pytest
+from cluster import HOST, free_port
 from procs import eventually
 from reference import checksum_of
 
-from s4.errors import CancelledError, StoppingError, TimeLimitError, TransferError, WorkerDiedError
+from s4 import outbox
+from s4.config import Conf, Server
+from s4.errors import CancelledError, S4Error, StoppingError, TimeLimitError, TransferError, WorkerDiedError
 from s4.workers import Kind, Pool, Ticket
-from s4.workers.tasks import Command, Ran, Receive, Received, Send
+from s4.workers.tasks import Command, Push, Ran, Receive, Received, Send, StoredFile
 
 COMPUTE_SLOTS = 2
+MB = 1024 * 1024
 _HERE = str(Path(__file__).parent)
 _START = "import sys; sys.path.insert(0, sys.argv[1]); import test_pool; test_pool.perform(*sys.argv[2:])"
 _scenarios: dict[str, Callable[["Bench"], None]] = {}
@@ -295,3 +300,60 @@ def test_a_transfer_that_breaks_off_leaves_no_file(bench: Bench) -> None:
     with pytest.raises(TransferError, match="10 of 1000"):
         received.result(10)
     assert not (bench.folder / "a").exists()
+
+
+def _outbox(bench: Bench, servers: int) -> outbox.Outbox[int]:
+    """For servers that are not there: what leaves fails, and stays to be looked at."""
+    outbox.GATHER_SECONDS = 1000
+    ring = Conf(tuple(Server(HOST, free_port()) for _ in range(servers)), "a test")
+    return outbox.Outbox(ring, bench.pool, "job", 1.0, lambda _ticket: None)
+
+
+def _add(bench: Bench, box: outbox.Outbox[int], position: int, count: int, size: int) -> None:
+    for i in range(count):
+        bench.made += 1
+        made = bench.folder / "files" / str(bench.made)
+        made.touch()
+        file = StoredFile(str(made), size, "0")
+        box.add(position, outbox.Sending(f"b/{bench.made}", file, i, bench.made))
+
+
+def _batches(box: outbox.Outbox[int]) -> list[int]:
+    """How many outputs each batch has that left."""
+    return [len(ticket.task.entries) for ticket in box.tickets if isinstance(ticket.task, Push)]
+
+
+@in_a_process_alone
+def test_outputs_for_a_server_gather_until_they_are_large_or_many(bench: Bench) -> None:
+    box = _outbox(bench, 3)
+    _add(bench, box, 0, 31, MB)
+    _add(bench, box, 1, 99, 1)
+    _add(bench, box, 2, 1, 1)
+    box.send(nothing_more=False)
+    assert _batches(box) == [] and box.anything_waits
+    _add(bench, box, 0, 1, MB)
+    _add(bench, box, 1, 1, 1)
+    box.send(nothing_more=False)
+    assert _batches(box) == [32, 100]
+    box.send(nothing_more=True)
+    assert _batches(box) == [32, 100, 1] and not box.anything_waits
+    outcome = []
+    for ticket in box.tickets:
+        with pytest.raises(S4Error):
+            ticket.result(30)
+        outcome += box.arrived(ticket, "here")
+    assert sorted(sender for sender, _error in outcome) == list(range(1, 134)) and box.empty
+    assert all(f"outputs for {HOST}" in str(error) for _sender, error in outcome)
+
+
+@in_a_process_alone
+def test_before_commands_would_have_to_wait_for_room_all_outputs_leave(bench: Bench) -> None:
+    box = _outbox(bench, 24)
+    for position in range(24):
+        _add(bench, box, position, 10, MB)
+    box.send(nothing_more=False)
+    assert _batches(box) == []
+    for position in range(24):
+        _add(bench, box, position, 1, MB)
+    box.send(nothing_more=False)
+    assert _batches(box) == [11] * 24 and not box.full
