@@ -48,10 +48,10 @@ while read -r; do
 done 2>/dev/null
 """
 _TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in /proc, a second
-# How often memory is looked at: after a quarter of the time that the command has run. A look costs 0.1 to 0.3
-# ms, and many commands may run at once.
-_SAMPLE_SHARE = 0.25
-_SAMPLE_SECONDS = 0.01, 1.0  # but not sooner or later
+# How often memory is looked at: after half of the time that the command has run. A look costs 0.1 to 0.3 ms,
+# and many commands may run at once.
+_SAMPLE_SHARE = 0.5
+_SAMPLE_SECONDS = 0.02, 1.0  # but not sooner or later
 
 
 class Usage(NamedTuple):
