@@ -112,12 +112,12 @@ class KeyIndex:
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
-        same = self._drop_earlier(rows, unlink)
+        self._drop_earlier(rows, unlink)
         try:
             with self._db.write() as db:
                 standing = _Standing(db, [row.path for row in rows])
                 for i, row in enumerate(rows):
-                    if row.path in same:
+                    if standing.alike(row):
                         refused = _refusal(place, i)
                     else:
                         refused = standing.conflict(row.path) or self._insert(db, row, now, place, i)
@@ -143,19 +143,14 @@ class KeyIndex:
             db.execute("DELETE FROM keys WHERE path = ?", (path,))
         return refused
 
-    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[Sequence[str]], None]) -> set[str]:
-        """Remove what earlier attempts of the same tasks made, but for the keys whose bytes are the same
-        again, which are returned."""
+    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[Sequence[str]], None]) -> None:
+        """Remove what earlier attempts of the same tasks made, but for keys with the same bytes."""
         made = [row for row in rows if row.job is not None]
-        same = set()
         for row, found in zip(made, self.get_all([row.path for row in made]), strict=True):
             if found is None or (found.job, found.task) != (row.job, row.task):
                 continue
-            if (found.size, found.checksum) == (row.size, row.checksum):
-                same.add(row.path)
-            else:
+            if (found.size, found.checksum) != (row.size, row.checksum):
                 self.remove(row.path, unlink)
-        return same
 
     def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""
@@ -332,24 +327,33 @@ class _Standing:
 
     def __init__(self, db: sqlite3.Connection, paths: Sequence[str]) -> None:
         folders = {folder for path in paths for folder in _folders_above(path)}
-        rows = db.execute(_FOUND, (json.dumps([*paths, *folders]),))
-        self._makers = {row[0]: (row[4], row[5]) for row in rows}  # of the keys there are: job and task
+        rows = map(KeyRow._make, db.execute(_FOUND, (json.dumps([*paths, *folders]),)))
+        self._keys: dict[str, KeyRow | None] = {row.path: row for row in rows}  # None: new in this batch
         self._in_folders: dict[str, str] = dict(db.execute(_KEYS_IN_THEM, (json.dumps(paths),)))
 
     def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
         """See KeyIndex.conflicts."""
         if path in self._in_folders:
             return ConflictError(f"{url(path)} is a folder here: {url(self._in_folders[path])} stands in it")
-        if path in self._makers and (job is None or self._makers[path] != (job, task)):
-            return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
+        if path in self._keys:
+            found = self._keys[path]
+            if job is None or found is None or (found.job, found.task) != (job, task):
+                return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
         for folder in _folders_above(path):
-            if folder in self._makers:
+            if folder in self._keys:
                 return ConflictError(f"{url(path)} needs a folder where the key {url(folder)} is")
         return None
 
+    def alike(self, row: NewKey) -> bool:
+        """Whether an earlier attempt of the same task has made this key, with the same bytes."""
+        found = self._keys.get(row.path)
+        if found is None or row.job is None:
+            return False
+        return (found.size, found.checksum, found.job, found.task) == row[1:]
+
     def add(self, path: str) -> None:
         """This key stands there now, too."""
-        self._makers[path] = None, None
+        self._keys[path] = None
         for folder in _folders_above(path):
             self._in_folders.setdefault(folder, path)
 
