@@ -32,7 +32,7 @@ class Commands:
         try:
             if stdin is None:
                 stdin = self._input.path
-                self._input.write(line.encode() + b"\n" for line in task.input_lines)
+                self._input.write("".join(line + "\n" for line in task.input_lines).encode())
             exitcode, usage = self._shell.run(
                 task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
             )
@@ -54,7 +54,8 @@ class Commands:
                 os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
-            self._input.write([])
+            if task.stdin is None:
+                self._input.write(b"")
             self._take_folder(task.folder)
             remove_tree(scratch.stdout)
 

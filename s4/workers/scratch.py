@@ -7,10 +7,10 @@ files and folders are kept for the next command rather than removed.
 
 import os
 import stat
-from collections.abc import Iterable
 
 from s4.errors import S4Error
 from s4.storage import remove_tree
+from s4.streams import write_all
 
 FOLDER_MODE = 0o700
 TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
@@ -53,12 +53,11 @@ class MemoryFile:
         self._fd = os.memfd_create(name)
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
 
-    def write(self, parts: Iterable[bytes]) -> None:
+    def write(self, data: bytes) -> None:
         """Have it hold this and nothing else. Raises OSError."""
         os.ftruncate(self._fd, 0)
-        with open(self._fd, "wb", closefd=False) as f:
-            f.seek(0)
-            f.writelines(parts)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        write_all(self._fd, memoryview(data))
 
 
 def is_own_folder(found: os.stat_result) -> bool:

@@ -85,7 +85,7 @@ class Shell:
             self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
-        self._job.write(os.fsencode(field) + b"\0" for field in fields)
+        self._job.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
         try:
             return self._run_job()
         except BaseException:
