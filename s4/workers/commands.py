@@ -27,7 +27,7 @@ class Commands:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
         scratch = self._scratch
         scratch.renew()
-        stdin, stdout = task.stdin, scratch.listing if task.collect == "paths" else scratch.stdout
+        stdin, stdout = task.stdin, scratch.stdout
         self._give_folder(task.folder)
         try:
             if stdin is None:
