@@ -93,9 +93,11 @@ class Outbox(Generic[T]):
         return self._files >= MAX_UNSENT_FILES or self._bytes >= MAX_UNSENT_BYTES
 
     @property
-    def _filling(self) -> bool:
-        """Whether batches should leave, however small they are, so that commands need not wait for room."""
-        return self._files >= MAX_UNSENT_FILES // 2 or self._bytes >= MAX_UNSENT_BYTES // 2
+    def _half_full(self) -> bool:
+        """Whether so much gathers that batches should leave as they are, so that commands need not wait."""
+        files = sum(len(gathered.waiting) for gathered in self._gathered.values())
+        size = sum(gathered.bytes for gathered in self._gathered.values())
+        return files >= MAX_UNSENT_FILES // 2 or size >= MAX_UNSENT_BYTES // 2
 
     @property
     def anything_waits(self) -> bool:
@@ -114,13 +116,10 @@ class Outbox(Generic[T]):
 
     def send(self, *, nothing_more: bool) -> None:
         """Let batches leave that are due, or all; at most two conversations with a server at once."""
+        everything = nothing_more or self.full or self._half_full
         for server, gathered in self._gathered.items():
             under_way = sum(1 for to, _batch in self._pushes.values() if to == server)
-            while (
-                gathered.waiting
-                and under_way < PUSHES_PER_SERVER
-                and (nothing_more or self._filling or gathered.due())
-            ):
+            while gathered.waiting and under_way < PUSHES_PER_SERVER and (everything or gathered.due()):
                 batch = gathered.take()
                 entries = [(path, file, task) for path, file, task, _sender in batch]
                 push = Push(server, self._fingerprint, self._job, entries, self._timeout)

@@ -36,7 +36,8 @@ SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead tr
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
-TRANSACTION_KEYS = MAX_BATCH_KEYS  # keys that one transaction makes; bounds how long other writers wait
+# Keys that one transaction makes; bounds how long other writers wait. A put, with its record, is one.
+TRANSACTION_KEYS = MAX_BATCH_KEYS
 
 log = logging.getLogger("s4.transfers")
 
@@ -95,7 +96,7 @@ class _Transfer:
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
     listener: socket.socket | None = None
-    recorded: bool = True  # as under way
+    recorded: bool = True  # it has its row in the table of transfers
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

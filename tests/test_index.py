@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -425,6 +425,25 @@ def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
         "b/y/z",
         "b/x",
     ]
+
+
+def test_what_somebody_removes_while_it_is_replaced_is_made_anew(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = KeyIndex(database)
+    rows = [NewKey(f"b/{i}", 1, "a", "j", i) for i in range(2)]
+    index.add(rows, lambda _i: None, lambda _paths: None)
+    remove = index.remove
+
+    def remove_both(path: str, unlink: Callable[[Sequence[str]], None]) -> None:
+        remove(path, unlink)
+        if path == "b/0":
+            remove("b/1", unlink)
+
+    monkeypatch.setattr(index, "remove", remove_both)
+    again = [row._replace(checksum="b") for row in rows]
+    assert index.add(again, lambda _i: None, lambda _paths: None) == [None, None]
+    assert [index.get(row.path).checksum for row in rows] == ["b", "b"]
 
 
 def test_what_stands_in_the_way_is_told_for_each_key_by_itself(database: Database) -> None:

@@ -357,3 +357,7 @@ def test_before_commands_would_have_to_wait_for_room_all_outputs_leave(bench: Be
         _add(bench, box, position, 1, MB)
     box.send(nothing_more=False)
     assert _batches(box) == [11] * 24 and not box.full
+    # What is under way, to a slow server perhaps, is no reason to send others little by little.
+    _add(bench, box, 0, 1, MB)
+    box.send(nothing_more=False)
+    assert _batches(box) == [11] * 24

@@ -5,6 +5,7 @@ read in chunks and hold no transaction in between, so a key that comes or goes d
 may not be in it, and every other key is in it once.
 """
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -107,8 +108,8 @@ class KeyIndex:
         `place(i)` puts the bytes of row i where they belong; it runs after the row was inserted and before
         the commit, and may raise S4Error to refuse. A key that an earlier attempt of the same task made is
         replaced; if its bytes are the same, it is there all the while. `also(db, outcome)` writes more into
-        the same transaction. Returns per row None or why it was refused; refused rows leave nothing. Raises
-        S4Error if nothing could be committed, after `unlink(paths)` of what was placed.
+        the same transaction. Returns per row None or why it was refused; refused rows leave nothing new.
+        Raises S4Error if nothing could be committed, after `unlink(paths)` of what was placed.
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
@@ -150,7 +151,8 @@ class KeyIndex:
             if found is None or (found.job, found.task) != (row.job, row.task):
                 continue
             if (found.size, found.checksum) != (row.size, row.checksum):
-                self.remove(row.path, unlink)
+                with contextlib.suppress(MissingError):  # somebody else has removed it meanwhile
+                    self.remove(row.path, unlink)
 
     def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""

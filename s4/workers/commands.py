@@ -6,7 +6,7 @@ import stat
 
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import FOLDER_MODE, MemoryFile, Scratch, is_own_folder, open_made, read_tail
+from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Ran, StoredFile
 
@@ -20,8 +20,7 @@ class Commands:
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._shell = Shell()
-        self._input = MemoryFile("input")  # the paths that a map-from-n reads
+        self._shell = Shell(scratch.job)
 
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
@@ -31,8 +30,9 @@ class Commands:
         self._give_folder(task.folder)
         try:
             if stdin is None:
-                stdin = self._input.path
-                self._input.write("".join(line + "\n" for line in task.input_lines).encode())
+                stdin = scratch.stdin
+                with open(stdin, "w", encoding="utf-8") as f:
+                    f.writelines(line + "\n" for line in task.input_lines)
             exitcode, usage = self._shell.run(
                 task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
             )
@@ -54,8 +54,6 @@ class Commands:
                 os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
-            if task.stdin is None:
-                self._input.write(b"")
             self._take_folder(task.folder)
             remove_tree(scratch.stdout)
 

@@ -18,12 +18,12 @@ import sh
 
 from s4.errors import S4Error
 from s4.workers import processes
-from s4.workers.scratch import MemoryFile
 
 # The first line is where bash begins to count the lines of a command: from 1, as with `bash -c`.
 _LOOP = r"""s4_run() { unset -f s4_run; eval -- "$s4_command"; }
 set -m
 while read -r; do
+    s4_job=()  # that of the command before must not run again
     mapfile -d '' -t s4_job <"$1"
     (
         exec 2>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit
@@ -63,10 +63,10 @@ class Usage(NamedTuple):
 
 
 class Shell:
-    """A kept bash."""
+    """A kept bash. `job_file`, which is not there before, is where the fields of the next command go."""
 
-    def __init__(self) -> None:
-        self._job = MemoryFile("job")  # tells bash what to run
+    def __init__(self, job_file: str) -> None:
+        self._job_file = job_file
         self._process: Any = None
         self._stdin = self._status = -1
         self._ready = select.poll()
@@ -85,16 +85,17 @@ class Shell:
             self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
-        self._job.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
+        with open(self._job_file, "wb") as f:
+            f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
         try:
-            return self._run_job()
+            return self._run_job_file()
         except BaseException:
             self._stop()  # out of step, it would answer the next command with the end of this one
             raise
         finally:
             self._end_orphans()
 
-    def _run_job(self) -> tuple[int, Usage]:
+    def _run_job_file(self) -> tuple[int, Usage]:
         try:
             os.write(self._stdin, b"\n")
             answer, peak_memory = self._answer()
@@ -141,7 +142,7 @@ class Shell:
         with os.fdopen(stdin, "rb") as r, os.fdopen(stdout, "wb") as w, open(os.devnull, "wb") as null:
             bash: Any = sh.bash  # its types know lists of exit codes, not ranges
             self._process = bash(
-                *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job.path),
+                *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job_file),
                 _in=r,
                 _out=w,
                 _err=null,
