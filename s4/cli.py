@@ -11,7 +11,6 @@ of the client's method of the same name where it has `*words` and `**options` fo
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # not signal: its enumerations take 0.4 ms
-import errno
 import gc
 import io
 import os
@@ -35,7 +34,7 @@ _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
 )
-_WRITE_ERRORS = {errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
+_WRITE_ERRORS = ("EBADF", "EDQUOT", "EFBIG", "EIO", "ENOSPC")
 _CLOSED_PIPE = 128 + _signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
 _PYTHON_ONLY = ("client", "self", "stdout", "stderr", "watch")  # parameters that are not for the command line
 
@@ -74,7 +73,10 @@ def main() -> NoReturn:
     except Exception as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
-        if isinstance(e, OSError) and e.errno in _WRITE_ERRORS:  # all that has another name is an S4Error
+        from errno import errorcode  # here, for most commands do without
+
+        # What happens to another file than stdout is an S4Error.
+        if isinstance(e, OSError) and errorcode.get(e.errno or 0) in _WRITE_ERRORS:
             print(f"fatal: stdout: {e.strerror}", file=sys.stderr)
         else:
             print(f"fatal: {printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
