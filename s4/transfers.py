@@ -96,7 +96,6 @@ class _Transfer:
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
     listener: socket.socket | None = None
-    recorded: bool = True  # it has its row in the table of transfers
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -238,7 +237,6 @@ class Transfers:
             self._records.transfer_stored(db, transfer.uuid)
 
         results = iter(self.publish(good, forget))
-        transfer.recorded = not good
         return [error if error is not None else next(results) for error in outcome]
 
     def publish(
@@ -358,14 +356,14 @@ class Transfers:
         return ticket
 
     def _end(self, transfer: _Transfer, left: Sequence[str]) -> None:
-        """Forget a transfer, and remove the files that are left of it."""
+        """Forget a transfer, and remove the files that are left of it: those that did not become keys."""
         if self._transfers.pop(transfer.uuid, None) is not None:
             self._let_go(transfer)
             for file in left:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
             try:
-                if transfer.recorded:
+                if len(left) == len(transfer.files):  # what became a key took the record with it
                     self._records.transfer_ended(transfer.uuid)
             except S4Error as e:  # the key is stored or not all the same; the next start drops the row
                 log.warning("transfer %s: %s", transfer.uuid, e)

@@ -89,7 +89,7 @@ def test_a_node_killed_in_the_middle_costs_only_what_it_ran(three: Cluster, kind
         # Recorded ones: outputs of many tasks arrive together, and are told of just before they are recorded.
         query = "select count(*) from tasks where job = ? and state = 'done'"
         [(done,)] = three.nodes[1].rows(query, job)
-        return done in range(11, 60)
+        return done in range(11, 50)
 
     eventually(in_the_middle, 20)
     three.nodes[1].kill()

@@ -18,7 +18,8 @@ from s4.keys import range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
-# Each takes a JSON list of paths: one statement for a batch, whatever its size.
+# Of a JSON list of paths, in one statement whatever its size: those that are keys, those that are none, and
+# those that are folders, with a key in each.
 _FOUND = """
     SELECT keys.path, size, checksum, created_s, job, task
     FROM json_each(?) CROSS JOIN keys ON keys.path = value

@@ -24,7 +24,7 @@ class Scratch:
         self.root = os.path.join(folder, f"worker-{pid}")
         self.job = os.path.join(self.root, "job")  # tells its bash what to run
         self.stdin = os.path.join(self.root, "stdin")  # the paths that a map-from-n reads
-        self.stdout = os.path.join(self.root, "stdout")  # of the command that runs, until it is moved away
+        self.stdout = os.path.join(self.root, "stdout")  # of the command that runs, until it is moved or read
         self.stderr = os.path.join(self.root, "stderr")  # of the command that runs
         self.folder = os.path.join(self.root, "folder")  # empty, for the next command
         self.arriving = os.path.join(self.root, "arriving")  # a key that is received, until it is moved away
