@@ -42,6 +42,10 @@ def test_every_output_is_on_the_node_that_owns_it(cluster: Cluster, bucket: str)
         ('echo x > 0; echo "$PWD/0"', ["0"]),
         ("mkdir -p a/b; echo x > a/b/0; echo a/b/0", ["0"]),
         ("mkdir a; echo x > a/0; echo a/../a/0", ["0"]),
+        ("echo x > 0; echo 0/", ["0"]),
+        ("echo x > 0; echo missing/../0", ["0"]),
+        ("echo x > 0; ln -s 0 1; echo 1", ["1"]),
+        ("mkdir a; echo x > a/0; ln -s a l; ln -s ../l a/m; echo a/m/0", ["0"]),
         ("echo x > 0; echo x > 1; echo 1", ["1"]),
         ("touch -- -n '$x;y' \"'q\\\"\"; ls", ["$x;y", "'q\"", "-n"]),
         ("echo x > é; echo é", ["é"]),
@@ -84,6 +88,30 @@ def test_a_bad_path_fails_the_job_and_makes_no_key(cluster: Cluster, bucket: str
         eventually(lambda node=node: all("stray" in path.name for path in node.temporary()), 5)  # type: ignore[misc]
         for stray in node.temporary():
             stray.unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("echo missing", "'missing': No such file or directory"),
+        ("echo ../missing", "'../missing', which leaves its folder"),
+        ("echo /missing/too", "'/missing/too', which leaves its folder"),
+        ("ln -s /missing link; echo link", "'link', which leaves its folder"),
+        ("mkdir d; ln -s /etc/hostname d/link; echo d/link", "'d/link', which leaves its folder"),
+        (
+            "mkdir d; ln -s /etc/hostname link; printf 'd/../%.0s' {1..790}; echo link",
+            "which leaves its folder",
+        ),
+        ("mkdir d; echo d", "'d', which is not a file"),
+        ("echo .", "'.', which is not a file"),
+        ("ln -s loop loop; echo loop", "'loop': Too many levels of symbolic links"),
+        ("mkdir d; touch x d/x; echo x; echo d/x", "a file of that name was printed before"),
+        ("touch x; ln -s x y; echo x; echo y", "which is another name of a file that it printed before"),
+    ],
+)
+def test_what_is_wrong_with_a_path_is_told(cluster: Cluster, bucket: str, command: str, says: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    assert says in cluster.fails("map-to-n", f"{bucket}/in/", f"{bucket}/out/", command, code=1)
 
 
 def test_binary_empty_and_large_files_are_shuffled_whole(cluster: Cluster, bucket: str) -> None:

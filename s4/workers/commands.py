@@ -101,6 +101,7 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
             return {}, f"it printed {size} bytes: the names of files are expected, not what is in them"
         printed = [line for line in f.read().split(b"\n") if line.strip()]
     top = os.path.realpath(folder)
+    folders = {top: top}
     found: dict[str, str] = {}
     paths: set[str] = set()
     for raw in printed:
@@ -108,13 +109,14 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
         said = f"it printed {text[:SHOWN_CHARACTERS]!r}{'…' if len(text) > SHOWN_CHARACTERS else ''}"
         if "\0" in text or len(raw) > MAX_PATH_BYTES:
             return {}, f"{said}, which is no path"
+        path = _real_path(os.path.join(top, text), folders)
         name = os.path.basename(os.path.normpath(text))
-        try:
-            path, mode = _led_to(os.path.join(top, text))
-        except OSError as e:
-            return {}, f"{said}: {e.strerror}"
         if not f"{path}/".startswith(f"{top}/"):
             return {}, f"{said}, which leaves its folder"
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as e:
+            return {}, f"{said}: {e.strerror}"
         if not stat.S_ISREG(mode):
             return {}, f"{said}, which is not a file"
         if name in found:
@@ -126,11 +128,10 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
     return found, ""
 
 
-def _led_to(path: str) -> tuple[str, int]:
-    """Where a path leads, through symbolic links, and the mode of what is there. Raises OSError."""
-    # The kernel tells where a descriptor leads: a fraction of looking at each folder on the way.
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode
-    finally:
-        os.close(fd)
+def _real_path(path: str, folders: dict[str, str]) -> str:
+    """What os.path.realpath says, which looks at every folder on the way; `folders` keeps where they lead."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
