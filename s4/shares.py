@@ -41,6 +41,7 @@ RECORD_SECONDS = 0.25  # how late the record may say that a task runs
 PROGRESS_SECONDS = 1.0  # and how far the share is
 READ_TASKS = 500  # waiting tasks read from the index at once
 TAIL_CHARACTERS = 2000
+_THREADS = "OMP_NUM_THREADS"  # https://www.openmp.org/spec-html/5.0/openmpse50.html
 _SIGNALS = frozenset(map(int, signal.Signals))
 
 log = logging.getLogger("s4.job")
@@ -102,6 +103,7 @@ class Share:
         self._commands: dict[Ticket, _Attempt] = {}
         self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, job.timeout, self._events.put)
         self._ready: deque[_Attempt] = deque()
+        self._threads: dict[str, str] = {}
         self._last_read = -1
         self._all_read = False
         self._changes: list[TaskChange] = []
@@ -172,6 +174,7 @@ class Share:
         if self.job.kind == MAP_TO_N and self.job.run > 1:
             self._remove_earlier()
         log.info("job %s %s started, %d tasks", self.job.id, self.job.kind, self._counts.tasks)
+        self._threads = self._share_of_cpus()
         while True:
             nothing_more = self._start_commands() and not self._commands
             self._outbox.send(nothing_more=nothing_more)
@@ -180,6 +183,14 @@ class Share:
             self._handle(self._next_events())
             self._stop_at_failure()
             self._record()
+
+    def _share_of_cpus(self) -> dict[str, str]:
+        """How many threads a command should start, as sort, nproc and numeric libraries take it. Several run
+        at once: if each started one for every CPU, they would only be in each other's way."""
+        cpus = len(os.sched_getaffinity(0))
+        at_once = min(self._parts.slots, self._counts.tasks - self._counts.skipped - self._counts.done)
+        threads = max(1, cpus // max(1, at_once))
+        return {} if threads == cpus or _THREADS in os.environ else {_THREADS: str(threads)}
 
     def _list(self) -> None:
         """Record a waiting task for each input."""
@@ -264,6 +275,7 @@ class Share:
             "S4_JOB": self.job.id,
             "S4_TASK": str(task.task),
             "S4_ATTEMPT": str(attempt.number),
+            **self._threads,
         }
         if self.job.kind == MAP_FROM_N:
             members = self._inputs.group(task.input)

@@ -24,6 +24,7 @@ INPUTS = {
     "sub/000": b"%s\0",
     "sub/dir/d.txt": b"\r\n",
 }
+CPUS = len(os.sched_getaffinity(0))
 JOBS = ["map", "map-to-n", "map-from-n"]
 
 
@@ -272,6 +273,29 @@ def test_with_one_place_commands_run_in_key_order(start_cluster: Callable[..., C
     log = cluster.work / "log"
     cluster.s4("map", "s4://b/in/", "s4://b/out/", f'echo "$filename" >> {log}')
     assert log.read_text().split() == [name.rpartition("/")[2] for name in sorted(names)]
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "own", "threads"),
+    [
+        ([], 2 * CPUS, "", 1),
+        (["--max-cpu-jobs", "1"], 2 * CPUS, "", CPUS),
+        ([], 1, "", CPUS),
+        ([], 2 * CPUS, "7", 7),
+    ],
+    ids=["all CPUs are taken", "one place", "one command", "the node has a wish of its own"],
+)
+def test_commands_that_run_side_by_side_share_the_cpus(
+    start_cluster: Callable[..., Cluster], options: list[str], keys: int, own: str, threads: int
+) -> None:
+    cluster = start_cluster(1, options, start=False)
+    cluster.env.pop("OMP_NUM_THREADS", None)
+    if own:
+        cluster.env["OMP_NUM_THREADS"] = own
+    cluster.nodes[0].start()
+    cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(keys)})
+    cluster.s4("map", "s4://b/in/", "s4://b/out/", "nproc")
+    assert set(cluster.contents("s4://b/out/").values()) == {b"%d\n" % threads}
 
 
 def test_ctrl_c_ends_a_job_with_all_its_commands(cluster: Cluster, bucket: str) -> None:
