@@ -14,7 +14,7 @@ from s4.errors import BadRequestError, ConflictError, MissingError, NodeError, S
 from s4.http import Caller
 from s4.keys import url
 from s4.leanjson import dumps, loads
-from s4.streams import Incoming, send_hashed, send_stored, wait_for_bytes
+from s4.streams import Incoming, send_hashed, wait_for_bytes
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
 if TYPE_CHECKING:
@@ -65,26 +65,26 @@ def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
 
-def put_stored(
-    caller: Caller, job: str, entries: Sequence[tuple[str, str, int, str, int]]
+def put_outputs(
+    caller: Caller, job: str, entries: Sequence[tuple[str, str, int, int]]
 ) -> list[S4Error | None]:
-    """Store outputs of a job, given as (path of the key, file, size, checksum, task), as one batch.
+    """Store outputs of a job, given as (path of the key, file, size, task), as one batch.
 
     Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
 
     def send(sock: _socket.socket, index: int) -> str:
-        _path, file, size, checksum, _task = entries[index]
+        _path, file, size, _task = entries[index]
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            send_stored(sock, fd, size)
+            sent, checksum = send_hashed(sock, fd, size)
         finally:
             os.close(fd)
+        if sent != size:
+            raise TransferError(f"{file} is shorter than expected: {sent} instead of {size} bytes")
         return checksum
 
-    return put_batch(
-        caller, [(path, size, task) for path, _file, size, _checksum, task in entries], send, job
-    )
+    return put_batch(caller, [(path, size, task) for path, _file, size, task in entries], send, job)
 
 
 def put_batch(

@@ -35,7 +35,7 @@ from s4.remains import Maker
 from s4.storage import Storage
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
-from s4.workers.tasks import Command, Ran, StoredFile
+from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
 RECORD_SECONDS = 0.25  # how late the record may say that a task runs
 PROGRESS_SECONDS = 1.0  # and how far the share is
@@ -287,11 +287,14 @@ class Share:
             stdin, lines = self._real_path(task.input), []
             variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
         name = self._work_name(attempt)
+        collect: str | Destination = "stdout"
+        if self.job.kind == MAP_TO_N:
+            collect = Destination(attempt.target, len(self._parts.conf.servers), self._parts.position)
         command = Command(
             self.job.command,
             storage.temporary_folder(name),
             storage.temporary_file(name),
-            "paths" if self.job.kind == MAP_TO_N else "stdout",
+            collect,
             stdin,
             lines,
             variables,
@@ -376,11 +379,6 @@ class Share:
             return exit_text(ran.exitcode), None
         if ran.problem:
             return ran.problem, None
-        try:
-            for output in ran.outputs:
-                parse_key(attempt.target + output.name)
-        except S4Error as e:
-            return str(e), None
         attempt.outputs = ran.outputs
         attempt.unstored = len(ran.outputs)
         if not ran.outputs:

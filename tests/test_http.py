@@ -11,7 +11,7 @@ from procs import eventually
 from reference import checksum_of
 
 from s4.config import read_conf
-from s4.exchange import put_stored
+from s4.exchange import put_outputs
 from s4.http import Caller
 
 
@@ -371,8 +371,8 @@ def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
 
     def send(data: bytes, task: int) -> list[str]:
         made.write_bytes(data)
-        entry = (key.removeprefix("s4://"), str(made), len(data), checksum_of(data), task)
-        return [type(no).__name__ for no in put_stored(caller, "job", [entry])]
+        entry = (key.removeprefix("s4://"), str(made), len(data), task)
+        return [type(no).__name__ for no in put_outputs(caller, "job", [entry])]
 
     for data, task, outcome in (
         (b"one", 7, "NoneType"),

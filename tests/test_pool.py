@@ -314,7 +314,7 @@ def _add(bench: Bench, box: outbox.Outbox[int], position: int, count: int, size:
         bench.made += 1
         made = bench.folder / "files" / str(bench.made)
         made.touch()
-        file = StoredFile(str(made), size, "0")
+        file = StoredFile(str(made), size, "")
         box.add(position, outbox.Sending(f"b/{bench.made}", file, i, bench.made))
 
 

@@ -4,11 +4,13 @@ import contextlib
 import os
 import stat
 
+from s4.errors import S4Error
+from s4.keys import owner, parse_key
 from s4.storage import remove_tree
 from s4.streams import checksum_of
 from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail
 from s4.workers.shell import Shell
-from s4.workers.tasks import Command, Ran, StoredFile
+from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
 MAX_LISTING_BYTES = 16 * 1024 * 1024  # of the names that a map-to-n prints: half a million of usual length
 MAX_PATH_BYTES = 4096  # of Linux
@@ -46,9 +48,11 @@ class Commands:
             elif exitcode == 0 and task.collect == "stdout":
                 outputs = [_finished(stdout, task.work + ".out")]
             elif exitcode == 0:
-                files, problem = _named_files(stdout, task.folder)
+                assert isinstance(task.collect, Destination)
+                files, problem = _named_files(stdout, task.folder, task.collect.folder)
                 outputs = [
-                    _finished(path, f"{task.work}.{i}", name) for i, (name, path) in enumerate(files.items())
+                    _finished(path, f"{task.work}.{i}", name, stays=_stays(name, task.collect))
+                    for i, (name, path) in enumerate(files.items())
                 ]
             if tail and errors is None:  # the next command must not seem to have said it
                 os.unlink(scratch.stderr)
@@ -77,12 +81,13 @@ class Commands:
         remove_tree(folder)
 
 
-def _finished(made: str, target: str, name: str = "") -> StoredFile:
-    """Make an output immutable, with no writer, mode 0444 and its checksum known, and move it to `target`."""
+def _finished(made: str, target: str, name: str = "", *, stays: bool = True) -> StoredFile:
+    """Make an output immutable, with no writer and mode 0444, and move it to `target`; hash it if it `stays`
+    on this node: others are hashed when they leave."""
     fd = open_made(made)
     try:
         os.fchmod(fd, 0o444)
-        size, checksum = checksum_of(fd)
+        size, checksum = checksum_of(fd) if stays else (os.fstat(fd).st_size, "")
     finally:
         os.close(fd)
     try:
@@ -93,8 +98,14 @@ def _finished(made: str, target: str, name: str = "") -> StoredFile:
     return StoredFile(target, size, checksum, name)
 
 
-def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
-    """The files that a command printed, path by name; or what is wrong."""
+def _stays(name: str, destination: Destination) -> bool:
+    """Whether an output is to be a key of this node."""
+    return owner(destination.folder + name, destination.servers) == destination.position
+
+
+def _named_files(listing: str, folder: str, target: str) -> tuple[dict[str, str], str]:
+    """The files in `folder` that a command printed, path by name; or what is wrong, also with the keys that
+    they would be in the folder `target`."""
     with open(open_made(listing), "rb") as f:
         size = os.fstat(f.fileno()).st_size
         if size > MAX_LISTING_BYTES:
@@ -123,6 +134,10 @@ def _named_files(listing: str, folder: str) -> tuple[dict[str, str], str]:
             return {}, f"{said}, but a file of that name was printed before"
         if path in paths:  # by a symbolic link
             return {}, f"{said}, which is another name of a file that it printed before"
+        try:
+            parse_key(target + name)
+        except S4Error as e:
+            return {}, str(e)
         found[name] = path
         paths.add(path)
     return found, ""

@@ -16,7 +16,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Finished bytes at `file`: `size` in bytes and their checksum. `name` tells outputs apart."""
+    """Finished bytes at `file`: `size` in bytes and their checksum. `name` tells outputs apart.
+
+    An output that belongs to another node has an empty checksum: it is hashed when it is sent there.
+    """
 
     file: str
     size: int
@@ -57,20 +60,30 @@ class Send:
 
 
 @dataclass(frozen=True)
+class Destination:
+    """Where the outputs of a map-to-n go: `folder`, a path that ends in '/', in a ring of `servers`, of which
+    this node is at `position`."""
+
+    folder: str
+    servers: int
+    position: int
+
+
+@dataclass(frozen=True)
 class Command:
     """Run a bash command.
 
     `folder` is its own, empty at first, and gone afterwards; `work` is the beginning of the paths of its
     finished outputs. Input: the file `stdin`, or the lines of `input_lines`. Answers Ran.
 
-    `collect` says what becomes of its output: "stdout" (one file), "paths" (the files that stdout names),
-    "eval" (stdout and stderr, whatever the exit code).
+    `collect` says what becomes of its output: "stdout" (one file), "eval" (stdout and stderr, whatever the
+    exit code), or a Destination for the files that stdout names.
     """
 
     command: str
     folder: str
     work: str
-    collect: str
+    collect: str | Destination
     stdin: str | None = None
     input_lines: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import socket
 from functools import lru_cache
 
 from s4.errors import S4Error, TransferError
-from s4.exchange import put_stored
+from s4.exchange import put_outputs
 from s4.http import Caller
 from s4.streams import (
     IDLE_SECONDS,
@@ -57,9 +57,9 @@ def send(task: Send, fds: list[int]) -> None:
 
 def push(task: Push) -> Pushed:
     """See tasks.Push."""
-    entries = [(path, sent.file, sent.size, sent.checksum, number) for path, sent, number in task.entries]
+    entries = [(path, sent.file, sent.size, number) for path, sent, number in task.entries]
     try:
-        refused = put_stored(_caller(task.server, task.fingerprint, task.timeout), task.job, entries)
+        refused = put_outputs(_caller(task.server, task.fingerprint, task.timeout), task.job, entries)
     finally:
         for _path, sent, _number in task.entries:
             os.unlink(sent.file)
