@@ -131,6 +131,11 @@ def proportional_megabytes(pid: int) -> float:
     return _kilobytes(pid, "smaps_rollup", "Pss:") / 1024
 
 
+def read_bytes(pid: int) -> int:
+    """What a process has read so far, from files or otherwise, but for what came by `recv`."""
+    return int(_read(pid, "io").split()[1])
+
+
 def _kilobytes(pid: int, name: str, field: str) -> int:
     try:
         lines = _read(pid, name).splitlines()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import procs
 import pytest
 from cluster import Cluster, write_tree
 
@@ -161,6 +162,22 @@ def test_a_shuffle_speaks_with_nodes_and_not_for_files(three: Cluster) -> None:
         # Each node to each other, a batch for 100 files or so, and what gathers for a fifth of a second.
         assert 6 <= sent["/prepare_puts"] == sent["/confirm_puts"] <= 6 * (2 + 4 * files // 100), sent
         assert sent["/map_to_n"] == sent["/health"] == 3 and sent.total() < 60 + sent["/prepare_puts"] * 2
+
+
+def test_the_outputs_of_a_shuffle_are_read_once(three: Cluster) -> None:
+    size = 1 << 20
+    three.put("s4://b/one/000")
+    three.s4("map-to-n", "s4://b/one/", "s4://b/warm/", "echo > 0; echo 0")
+    before = _read_bytes(three)
+    command = f"for i in {{000..029}}; do head -c {size} /dev/zero > $i; echo $i; done"
+    three.s4("map-to-n", "s4://b/one/", "s4://b/large/", command)
+    assert 30 * size <= _read_bytes(three) - before < 36 * size, "to be hashed and sent"
+
+
+def _read_bytes(cluster: Cluster) -> int:
+    """What the nodes and their workers have read from files so far."""
+    own = [p.pid for node in cluster.nodes for p in procs.descendants(node.pid) if p.is_python]
+    return sum(procs.read_bytes(pid) for pid in [*own, *(node.pid for node in cluster.nodes)])
 
 
 def test_commands_share_a_few_shells(three: Cluster) -> None:
