@@ -38,7 +38,9 @@ class Client:
         self._conf = read_conf(conf)
         self._timeout = timeout_setting()
 
-    def cp(self, src: str, dst: str, *, recursive: bool = False) -> None:
+    def cp(
+        self, src: "str | os.PathLike[str]", dst: "str | os.PathLike[str]", *, recursive: bool = False
+    ) -> None:
         """Copy a file to a key, or a key to a file; '-' is stdin or stdout.
 
         A DST that ends in '/' means: into that folder, same name.
@@ -50,7 +52,7 @@ class Client:
         """
         from s4.copying import copy
 
-        copy(self, src, dst, recursive)
+        copy(self, os.fspath(src), os.fspath(dst), recursive)
 
     def ls(self, prefix: str = "", *, recursive: bool = False) -> "Iterator[Entry]":
         """List buckets, or keys and folders that start with a prefix.

@@ -64,6 +64,8 @@ def read_conf(path: str | None = None) -> Conf:
     Raises ConfError, with file and line number, for a file that is missing though it was named, unreadable,
     empty, or has a bad or repeated line.
     """
+    if path == "":
+        raise ConfError("the path of the conf file is empty")
     named = path or os.environ.get(CONF_ENVIRONMENT)
     source = named or os.path.expanduser(DEFAULT_CONF)
     try:

@@ -55,6 +55,9 @@ class CopyError(S4Error):
 
 def copy(client: "Client", src: str, dst: str, recursive: bool) -> None:
     """What `Client.cp` does."""
+    for path in (src, dst):
+        if not path or "\0" in path:
+            raise BadRequestError(f"{path!r} is no path")
     if src.startswith(SCHEME) and dst.startswith(SCHEME):
         raise BadRequestError("both sides are s4: there is no move, there is only cp and rm")
     if not src.startswith(SCHEME) and not dst.startswith(SCHEME):
@@ -116,10 +119,10 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
 
     Missing folders are made, and removed again on failure. Raises LocalFileError.
     """
-    place = os.path.realpath(dst)
     made: list[str] = []
     temporary = ""
     with _local_errors(dst):
+        place = os.path.realpath(dst)
         if os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
             target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
         else:
@@ -223,7 +226,8 @@ def _local_files(top: str, failures: list[str]) -> Iterator[tuple[str, str]]:
             elif is_file:
                 yield entry.path, below + entry.name
             else:
-                what = "a broken symbolic link" if entry.is_symlink() else "not a file"
+                broken = entry.is_symlink() and not os.path.exists(entry.path)
+                what = "a broken symbolic link" if broken else "not a file"
                 failures.append(f"{entry.path}: {what}")
 
 
@@ -352,7 +356,8 @@ def _batches(client: "Client", items: Iterable[Item]) -> Iterator[tuple[str, lis
 
 
 def _put_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:
-    unread: set[int] = set()
+    dropped: set[int] = set()
+    unsized: list[Item] = []
 
     def send(sock: "_socket.socket", index: int) -> str:
         item = items[index]
@@ -360,7 +365,10 @@ def _put_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
         try:
             fd = os.open(item.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                sent, checksum = send_hashed(sock, fd, item.size)
+                if item.size == 0 and os.read(fd, 1):
+                    unsized.append(item)
+                else:
+                    sent, checksum = send_hashed(sock, fd, item.size)
             finally:
                 os.close(fd)
             if sent != item.size:
@@ -369,14 +377,22 @@ def _put_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
             failed(item, f"{item.file}: {e.strerror}")
         if sent == item.size and checksum:
             return checksum
-        unread.add(index)
+        dropped.add(index)
         _fill(sock, item.size - sent)
         return ""
 
     refused = put_batch(caller, [(item.path, item.size) for item in items], send)
     for i, error in enumerate(refused):
-        if error is not None and i not in unread:
+        if error is not None and i not in dropped:
             failed(items[i], str(error))
+    for item in unsized:  # files of /proc claim to be empty
+        try:
+            with open(item.file, "rb") as f:
+                put_one(caller, item.path, f.fileno(), None, item.file)
+        except OSError as e:
+            failed(item, f"{item.file}: {e.strerror}")
+        except S4Error as e:
+            failed(item, str(e))
 
 
 def _fill(sock: "_socket.socket", size: int) -> None:

@@ -43,7 +43,7 @@ def put_one(caller: Caller, path: str, source: int, size: int | None, name: str)
             if size is not None and sent != size:
                 raise S4Error(f"{name}: the file became shorter while it was sent")
     except TransferError as e:
-        broken = e  # the node knows why it hung up, such as a full disk
+        broken = TransferError(f"{name}: {e}")  # the node knows why it hung up, such as a full disk
     except OSError as e:
         raise S4Error(f"{name}: {e.strerror}") from e
     try:
@@ -60,8 +60,11 @@ def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
     Raises S4Error: what was written then is worth nothing.
     """
     uuid, port = _uuid_and_port(caller, caller.call("POST", "/prepare_get", {"key": url(path)}))
-    with caller.transfer(port) as sock:
-        _size, checksum = Incoming(sock).copy(target, None, reserve=reserve)
+    try:
+        with caller.transfer(port) as sock:
+            _size, checksum = Incoming(sock).copy(target, None, reserve=reserve)
+    except TransferError as e:
+        raise TransferError(f"{url(path)}: {e}") from e
     caller.call("POST", "/confirm_get", {"uuid": uuid, "checksum": checksum})
 
 

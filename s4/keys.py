@@ -31,6 +31,8 @@ def url(path: str) -> str:
 def parse_key(text: str) -> str:
     """The path of a key, `s4://` optional. Raises BadKeyError with the rule that the key breaks."""
     path = _checked_path(text)
+    if not path:
+        raise BadKeyError(text, "it is empty; a key is s4://BUCKET/NAME")
     segments = path.split("/")
     if not segments[-1]:
         raise BadKeyError(text, "it ends in '/', but a key is needed")

@@ -82,10 +82,16 @@ class _Setting:
     reason: str
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path is needed")
+    return text
+
+
 _PLACE = [
     _Setting("port", _port, None, "port of this node's line in the conf, if several lines are this machine"),
-    _Setting("conf", str, None, "conf file, otherwise S4_CONF_PATH or ~/.s4.conf"),
-    _Setting("data", str, "./s4_data", "folder for the keys and the index"),
+    _Setting("conf", _path, None, "conf file, otherwise S4_CONF_PATH or ~/.s4.conf"),
+    _Setting("data", _path, "./s4_data", "folder for the keys and the index"),
 ]
 _LIMITS = [
     _Setting("max-io-jobs", _positive, 4 * _CPUS, "sends, and receives, at once"),
@@ -95,7 +101,7 @@ _LIMITS = [
 ]
 _LOCAL = [
     _Setting("nodes", _positive, 3, "how many nodes to run"),
-    _Setting("dir", str, "./s4-local", "folder for their conf, data and logs"),
+    _Setting("dir", _path, "./s4-local", "folder for their conf, data and logs"),
 ]
 
 
@@ -126,7 +132,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="s4-server", description="A node of an s4 cluster.", allow_abbrev=False)
     parser.set_defaults(action="serve")
     _add(parser, _PLACE + _LIMITS)
-    actions = parser.add_subparsers(title="other actions", metavar="")
+    actions = parser.add_subparsers(title="other actions", metavar="ACTION")
     for name, settings, text in (
         ("reindex", _PLACE, "rebuild the index from the files, while the node is down"),
         ("local", _LOCAL, "run several nodes on loopback, for a try-out"),
@@ -134,7 +140,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.set_defaults(action=name)
         _add(action, settings, suppress=name == "reindex")
+    _check_options(parser, argv)
     return parser.parse_args(argv)
+
+
+def _check_options(parser: _Parser, argv: Sequence[str]) -> None:
+    """Refuse unknown options: argparse would take what follows one for an action, and complain of that."""
+    settings = _PLACE + _LIMITS + (_LOCAL if "local" in argv else [])
+    known = {"h", "help", *(setting.name for setting in settings)}
+    for word in argv:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and name[:1].isalpha() and name not in known:
+            parser.error(f"there is no option {word}")
 
 
 def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting], *, suppress: bool = False) -> None:

@@ -98,6 +98,10 @@ class _Transfer:
     listener: socket.socket | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __str__(self) -> str:
+        count = len(self.paths)
+        return url(self.paths[0]) if count == 1 else f"a batch of {count} keys"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -206,13 +210,11 @@ class Transfers:
                 with self._gate.waiting():
                     answer = transfer.ticket.result(SLOT_SECONDS)
         except TimeoutError:
-            raise BusyError("the bytes are still arriving; confirm again later") from None
+            raise BusyError(f"{transfer} is still arriving; confirm again later") from None
         except (StoppingError, BusyError):
             raise
         except S4Error as e:
-            count = len(transfer.paths)
-            what = url(transfer.paths[0]) if count == 1 else f"a batch of {count} keys"
-            raise TransferError(f"{what} did not arrive on {self._server}: {e}") from e
+            raise TransferError(f"{transfer} did not arrive on {self._server}: {e}") from e
         assert isinstance(answer, Received)
         return answer
 

@@ -120,6 +120,8 @@ class Usage:
                 raise MisuseError(f"{word} needs {what}")
             value = rest.pop(0)
         if option is None:
+            if not value:
+                raise MisuseError(f"{word} needs the path of a conf file")
             line.conf = value
         else:
             line.options[option.parameter] = value

@@ -78,6 +78,11 @@ def test_the_option_chooses_the_conf_over_the_variable(
     assert cluster.s4(*spelled, cwd=folder).lines == ["chosen:1"]
 
 
+def test_an_empty_conf_option_is_not_the_other_conf(cluster: Cluster) -> None:
+    for arguments in (["-c", "", "servers"], ["servers", "--conf="]):
+        cluster.fails(*arguments, code=2, says="conf")
+
+
 def test_the_option_works_between_positionals(cluster: Cluster, bucket: str) -> None:
     nowhere = {"S4_CONF_PATH": "/nowhere"}
     conf = str(cluster.conf)

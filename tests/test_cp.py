@@ -18,6 +18,8 @@ import pytest
 from cluster import Cluster, tree, write_tree
 from procs import eventually, holds_open, peak_megabytes
 
+from s4 import Client, S4Error
+
 CONTENTS = {
     "empty": b"",
     "one byte": b"\0",
@@ -259,6 +261,8 @@ def test_files_whose_names_are_no_keys_are_each_named(cluster: Cluster, bucket: 
         ("-", "{}/dir/", "/"),
         ("file", "elsewhere", "s4://"),
         ("-", "-", "s4://"),
+        ("", "{}/k", "'' is no path"),
+        ("{}/000", "", "'' is no path"),
     ],
 )
 def test_what_cannot_be_copied_is_one_clear_line(
@@ -301,6 +305,48 @@ def test_what_cannot_be_copied_recursively_fails_clearly(
         arguments = [source.format(bucket), destination.format(bucket)]
         cluster.fails("cp", "-r", *arguments, says=says, cwd=folder, data=b"", privileged=False)
     assert tree(folder) == before
+
+
+def test_what_is_no_file_is_called_what_it_is(cluster: Cluster, bucket: str, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    for name, target in (("device", "/dev/null"), ("link", "pipe"), ("broken", "missing")):
+        (folder / name).symlink_to(target)
+    said = cluster.fails("cp", "-r", ".", f"{bucket}/dst/", cwd=folder, code=1)
+    for name in ("pipe", "device", "link"):
+        assert f"{name}: not a file" in said
+    assert "broken: a broken symbolic link" in said
+
+
+def test_files_that_claim_to_be_empty_are_copied_too(cluster: Cluster, bucket: str, folder: Path) -> None:
+    write_tree(folder, {"empty": b"", "full": b"x"})
+    (folder / "version").symlink_to("/proc/version")
+    cluster.s4("cp", "-r", ".", f"{bucket}/dst/", cwd=folder)
+    version = Path("/proc/version").read_bytes()
+    assert cluster.contents(f"{bucket}/dst/") == {"empty": b"", "full": b"x", "version": version}
+
+
+@pytest.mark.parametrize("arguments", [["{}/x/000", "."], ["-r", "{}/x/", "out/"]])
+def test_a_current_folder_that_is_gone_is_one_clear_line(
+    cluster: Cluster, bucket: str, folder: Path, arguments: list[str]
+) -> None:
+    cluster.put(f"{bucket}/x/000", b"x")
+    spelled = " ".join(argument.format(bucket) for argument in arguments)
+    script = f'd=$(mktemp -d -p "$1") && cd "$d" && rmdir "$d" && s4 cp {spelled}'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", folder], env=cluster.env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "000: No such file" in done.stderr and "S4_DEBUG" not in done.stderr
+
+
+def test_the_client_takes_paths_of_any_kind(cluster: Cluster, bucket: str, folder: Path) -> None:
+    client = Client(str(cluster.conf))
+    (folder / "file").write_bytes(b"x")
+    client.cp(folder / "file", f"{bucket}/000")
+    client.cp(f"{bucket}/000", folder / "copy")
+    assert (folder / "copy").read_bytes() == b"x"
+    for source, destination in (("a\0", f"{bucket}/001"), (f"{bucket}/000", "a\0"), ("", f"{bucket}/001")):
+        with pytest.raises(S4Error, match=r"is no path"):
+            client.cp(source, destination)
 
 
 def test_an_unreadable_file_among_others_is_named(cluster: Cluster, bucket: str, folder: Path) -> None:

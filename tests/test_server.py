@@ -76,6 +76,11 @@ def test_options_are_spelled_with_one_dash_or_two(alone: Cluster, spelling: list
         ["--max-cpu-jobs", ""],
         ["--max-cpu", "1"],
         ["--unknown"],
+        ["-unknown", "3"],
+        ["--nodes", "3"],
+        ["--data", ""],
+        ["-conf", ""],
+        ["local", "--dir", ""],
         ["unknown"],
         ["local", "--nodes", "0"],
         ["local", "--port", "1"],
@@ -90,6 +95,7 @@ def test_a_bad_option_is_misuse_and_starts_nothing(
     assert (code, out) == (2, "")
     [line] = err.splitlines()
     assert line.startswith("fatal: ") and line.endswith("--help")
+    assert arguments[-1] == "" or any(word.lstrip("-") in line for word in arguments), line
     assert list(folder.iterdir()) == []
 
 
