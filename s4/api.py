@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from json.encoder import encode_basestring
@@ -389,8 +390,8 @@ class Eval:
     (of long outputs the last MiB).
 
     With `raw=true` the body is always stdout followed by stderr, byte for byte, and headers tell the exit
-    code and the length of stderr. `timeout` is the time limit in seconds, `job` the id; 409 for one that was
-    used before.
+    code and the length of stderr. `timeout` is the time limit in seconds, beyond which the exit code is that
+    of a killed command; `job` is the id, 409 for one that was used before.
     """
 
     def __init__(self, node: Node) -> None:
@@ -400,15 +401,24 @@ class Eval:
         given = query_of(req)
         command = os.fsdecode(req.bounded_stream.read())
         abandoned: Callable[[], bool] = req.env.get("waitress.client_disconnected", lambda: False)
-        done = self._node.evals.run(
-            self._node.own_key(needed(given, "key")),
-            checked_job_id(given.get("job", "")),
-            checked_command(command),
-            positive_seconds("timeout", given.get("timeout"), self._node.limits.timeout),
-            abandoned,
-        )
+        raw = flag(given, "raw")
+        try:
+            done = self._node.evals.run(
+                self._node.own_key(needed(given, "key")),
+                checked_job_id(given.get("job", "")),
+                checked_command(command),
+                positive_seconds("timeout", given.get("timeout"), self._node.limits.timeout),
+                abandoned,
+            )
+        except TimeLimitError as e:
+            if raw:
+                raise
+            resp.status = 400
+            resp.content_type = falcon.MEDIA_JSON
+            resp.data = orjson.dumps({"exitcode": 128 + signal.SIGKILL, "stdout": "", "stderr": f"{e}\n"})
+            return
         resp.status = 200 if done.exitcode == 0 else 400
-        if flag(given, "raw"):
+        if raw:
             resp.content_type = "application/octet-stream"
             resp.set_header(EXITCODE_HEADER, str(done.exitcode))
             resp.set_header(STDERR_SIZE_HEADER, str(done.stderr_size))

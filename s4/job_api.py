@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -236,7 +237,20 @@ class Sql:
 
 
 def _json_row(row: Sequence[Any]) -> bytes:
-    return json.dumps(row, default=lambda blob: {"blob": blob.hex()}).encode() + b"\n"
+    try:
+        line = _json(row)
+    except ValueError:  # JSON has no infinity, but numbers that are read as one
+        shown = (str(value).replace("inf", "1e999") if _is_infinite(value) else _json(value) for value in row)
+        line = f"[{', '.join(shown)}]"
+    return line.encode() + b"\n"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, default=lambda blob: {"blob": blob.hex()}, allow_nan=False)
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _json_result(rows: Iterator[Sequence[Any]]) -> Iterator[bytes]:

@@ -22,13 +22,15 @@ from s4.errors import (
 from s4.following import Follower, Watch
 from s4.keys import check_job_folders, new_job_id
 from s4.reaching import check_all_reachable, down, each
-from s4.record import asdict, record
+from s4.record import asdict, record, replace
 from s4.report import ending, failure_lines
 from s4.summary import (
     DONE,
     EVAL,
+    LOST,
     MISSING,
     RUNNING,
+    UNKNOWN,
     JobSummary,
     PlanPart,
     Share,
@@ -116,7 +118,8 @@ class Found:
         )
 
     def summary(self) -> JobSummary:
-        """The job as it is now; a node that is down, or has no share although it should, is part of it."""
+        """The job as it is now; a node that is down, or has no share although it should, is part of it. What
+        is done elsewhere has the state UNKNOWN then: it may be done there, too."""
         parts = []
         for server, share in self.shares.items():
             if share is not None:
@@ -126,7 +129,10 @@ class Found:
                 parts.append(lost_part(server, reason, None))
             else:
                 parts.append(lost_part(server, "it has no record of the job", None, MISSING))
-        return summarize(self.share, parts)
+        summary = summarize(self.share, parts)
+        if summary.unreachable and all(part.state in (DONE, LOST) for part in parts):
+            summary = replace(summary, state=UNKNOWN)
+        return summary
 
 
 def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:

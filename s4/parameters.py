@@ -5,6 +5,7 @@ All that is not as it should be is a BadRequestError that says what is needed.
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -115,6 +116,10 @@ def checked_command(text: str) -> str:
         raise BadRequestError("the command is empty")
     if "\0" in text:
         raise BadRequestError("the command holds a NUL character")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise BadRequestError("the command is not valid UTF-8") from None
     return text
 
 

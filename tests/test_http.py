@@ -189,6 +189,7 @@ def test_a_node_without_inputs_has_nothing_to_do(cluster: Cluster, bucket: str) 
         b'{"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/in/out/"}',
         b"\xff\xfe",
         b"[" * 10_000,
+        rb'{"cmd": "echo \ud800", "indir": "s4://b/in/", "outdir": "s4://b/out/"}',
     ],
 )
 @pytest.mark.parametrize("path", ["/map", "/map_to_n", "/map_from_n"])

@@ -690,6 +690,7 @@ def test_a_job_needs_all_nodes_and_says_which_is_missing(start_cluster: Callable
     cluster = start_cluster(2)
     _put_numbers(cluster, "s4://b/in/", range(4))
     failed = _json(cluster, "map", "s4://b/in/", "s4://b/out/", "[ $filename = 000 ]", "--keep-going", code=1)
+    done = _json(cluster, "map", "s4://b/in/", "s4://b/out1/", "cat")
     job, node = failed["job"], cluster.nodes[1]
     node.kill()
     for arguments in (
@@ -714,9 +715,12 @@ def test_a_job_needs_all_nodes_and_says_which_is_missing(start_cluster: Callable
         assert time.monotonic() - began < 10
     # What the other node knows is shown all the same.
     shown = cluster.run("jobs")
-    assert shown.lines[1].split()[:3] == [job, "map", "failed"]
-    [found] = _json(cluster, "jobs", code=3)
-    assert found["job"] == job
+    assert [line.split()[:3] for line in shown.lines[1:]] == [
+        [done["job"], "map", "unknown"],
+        [job, "map", "failed"],
+    ]
+    assert [found["job"] for found in _json(cluster, "jobs", code=3)] == [done["job"], job]
+    assert _json(cluster, "job", done["job"], code=3)["state"] == "unknown"
     assert len(cluster.run("joblog", job).lines) == 3
     assert len(_json(cluster, "joblog", job, code=3)) == 2
     assert _json(cluster, "job", job, code=3)["failures"][0]["key"] == "s4://b/in/002"

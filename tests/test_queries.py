@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -183,6 +184,9 @@ def test_rows_come_as_json(cluster: Cluster) -> None:
 
     rows = json.loads(out, parse_constant=no_json)
     assert [(row["x"], row["y"]) for row in rows] == [("inf", "-inf")] * 3
+    answer = cluster.nodes[0].post("/sql", body=b"select 9e999, -9e999, null, 'inf', 1.5").body
+    row = json.loads(answer.splitlines()[1], parse_constant=no_json)
+    assert row == [math.inf, -math.inf, None, "inf", 1.5]
 
 
 def test_the_schema_says_what_there_is_to_ask(cluster: Cluster) -> None:
