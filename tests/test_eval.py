@@ -138,6 +138,12 @@ def test_stderr_of_a_success_goes_to_stderr(cluster: Cluster, key: str) -> None:
     assert (result.out, result.err) == (b"out\n", "err\n")
 
 
+def test_what_is_appended_to_stderr_by_its_name_stays(cluster: Cluster, key: str) -> None:
+    command = "echo one >&2; echo two >> /dev/stderr; echo three | tee -a /dev/stderr; echo four >&2"
+    result = cluster.s4("eval", key, command)
+    assert (result.out, result.err) == (b"three\n", "one\ntwo\nthree\nfour\n")
+
+
 def test_a_missing_key_is_exit_1_and_404(cluster: Cluster, bucket: str) -> None:
     cluster.fails("eval", f"{bucket}/000", "echo ran", says=f"{bucket}/000", code=1)
     assert cluster.nodes[0].post("/eval", key=f"{bucket}/000", body=b"echo").status == 404

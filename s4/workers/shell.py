@@ -26,7 +26,7 @@ while read -r; do
     s4_job=()  # that of the command before must not run again
     mapfile -d '' -t s4_job <"$1"
     (
-        exec 2>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit
+        exec 2>>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit
         cd -- "${s4_job[0]}" || exit
         export "${s4_job[@]:5}"
         s4_command=${s4_job[4]}
