@@ -88,5 +88,6 @@ def _end_with_node(lifeline: "Connection[Any, Any]") -> None:
         lifeline.recv_bytes()
     except (EOFError, OSError):
         pass
+    logging.disable()  # the task under way fails now, as by the end of a shell that just starts
     processes.kill_children(lambda _pid, _session: True)
     os._exit(1)
