@@ -71,7 +71,8 @@ def get_one(caller: Caller, path: str, target: int, *, reserve: bool) -> None:
 def put_outputs(
     caller: Caller, job: str, entries: Sequence[tuple[str, str, int, int]]
 ) -> list[S4Error | None]:
-    """Store outputs of a job, given as (path of the key, file, size, task), as one batch.
+    """Store outputs of a job, given as (path of the key, file, size, task), as one batch. A file is removed
+    as soon as it is sent, so that what arrives finds room.
 
     Returns per entry None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
@@ -83,6 +84,7 @@ def put_outputs(
             sent, checksum = send_hashed(sock, fd, size)
         finally:
             os.close(fd)
+        os.unlink(file)
         if sent != size:
             raise TransferError(f"{file} is shorter than expected: {sent} instead of {size} bytes")
         return checksum

@@ -62,7 +62,8 @@ def push(task: Push) -> Pushed:
         refused = put_outputs(_caller(task.server, task.fingerprint, task.timeout), task.job, entries)
     finally:
         for _path, sent, _number in task.entries:
-            os.unlink(sent.file)
+            with contextlib.suppress(FileNotFoundError):  # it was sent
+                os.unlink(sent.file)
     return Pushed([None if e is None else Failure(type(e).__name__, str(e)) for e in refused])
 
 
