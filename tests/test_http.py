@@ -370,6 +370,11 @@ def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
     caller = Caller(str(node), read_conf(str(cluster.conf)).fingerprint, 30)
     made = folder / "made"
 
+    def under_way() -> set[object]:  # also of other tests, until they are cleaned up
+        return {*node.rows("select uuid from transfers"), *(node.data / "_tempfiles").iterdir()}
+
+    before = under_way()
+
     def send(data: bytes, task: int) -> list[str]:
         made.write_bytes(data)
         entry = (key.removeprefix("s4://"), str(made), len(data), task)
@@ -382,7 +387,6 @@ def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
         (b"three", 8, "ConflictError"),
     ):
         assert send(data, task) == [outcome]
-        assert not list((node.data / "_tempfiles").iterdir())
-        assert node.rows("select count(*) from transfers") == [(0,)]
+        assert under_way() <= before
     assert node.fetch(key) == b"two"
     node.check()
