@@ -289,7 +289,7 @@ class Node:
         """Rows and files agree on keys, sizes and checksums; all are read-only; nothing half-made is left."""
         eventually(lambda: not self.temporary(), 15, f"{self}: temporary files gone")
         files: dict[str, tuple[int, str]] = {}
-        for path in self.data.rglob("*"):
+        for path in walk(self.data):
             below = path.relative_to(self.data)
             if below.parts[0].startswith("_") or path.is_dir():
                 continue
@@ -537,13 +537,17 @@ class Cluster:
         for node in self.nodes:
             eventually(lambda node=node: not node.temporary(), 15, f"{node}: temporary files gone")  # type: ignore[misc]
             below = (
-                path
-                for path in node.data.rglob("*")
-                if not path.relative_to(node.data).parts[0].startswith("_")
+                path for path in walk(node.data) if not path.relative_to(node.data).parts[0].startswith("_")
             )
             keys = [row[0] for row in node.rows("select path from keys")]
             state.append((str(node), sorted([*map(str, below), *keys])))
         return state
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All below a folder. Unlike Path.rglob it bears that some of it goes meanwhile, as with a worker."""
+    for root, folders, files in os.walk(folder):
+        yield from (Path(root, name) for name in [*folders, *files])
 
 
 def tree(folder: Path) -> dict[str, bytes]:

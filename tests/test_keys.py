@@ -5,7 +5,7 @@ import re
 import stat
 
 import pytest
-from cluster import Answer, Cluster, Node
+from cluster import Answer, Cluster, Node, walk
 from procs import eventually
 from reference import checksum_of
 
@@ -154,7 +154,7 @@ def test_odd_but_legal_keys_are_harmless_everywhere(cluster: Cluster, bucket: st
         cluster.s4("rm", "-r", f"{bucket}/to/{name}/")
     left = [f"{bucket}/{folder}/{name}" for folder in ("from", "map") for name in LEGAL]
     assert cluster.keys(bucket) == sorted(left)
-    assert not list(cluster.root.rglob("harm"))
+    assert "harm" not in {path.name for path in walk(cluster.root)}
 
 
 def test_odd_folders_and_buckets_are_harmless(cluster: Cluster, bucket: str) -> None:
@@ -165,7 +165,7 @@ def test_odd_folders_and_buckets_are_harmless(cluster: Cluster, bucket: str) -> 
     assert cluster.s4("ls", "-r", f"{bucket}-{odd}").lines[0].split()[-1] == f"{odd}/{odd}/000"
     cluster.s4("rm", "-r", f"{bucket}-{odd}/{odd}")
     assert cluster.keys(f"{bucket}-{odd}") == []
-    assert not list(cluster.root.rglob("harm"))
+    assert "harm" not in {path.name for path in walk(cluster.root)}
 
 
 def test_the_scheme_may_not_be_left_out_of_cp_where_it_tells_keys_from_files(

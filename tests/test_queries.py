@@ -12,7 +12,7 @@ from typing import Any
 
 import procs
 import pytest
-from cluster import Cluster
+from cluster import Cluster, walk
 from reference import checksum_of
 
 NUMBERS = "with recursive n(x) as (select 1 union all select x + 1 from n limit {}) select {} from n"
@@ -210,7 +210,8 @@ def test_a_query_cannot_change_anything(cluster: Cluster, query: str) -> None:
         line = cluster.fails("sql", query, code=1)
     assert any(str(node) in line for node in cluster.nodes)
     for node in cluster.nodes:
-        assert not [*node.data.rglob("copy.db"), *node.data.rglob("other.db"), *node.folder.glob("*.db")]
+        assert not {"copy.db", "other.db"} & {path.name for path in walk(node.folder)}
+        assert not list(node.folder.glob("*.db"))
         assert node.rows("pragma user_version") == [(0,)] and node.rows("pragma journal_mode") == [("wal",)]
 
 
