@@ -363,12 +363,12 @@ class Pool:
             ticket.stderr = read_tail(files.stderr)
         if worker.reason is None:
             log.warning("worker %d died, exit code %s", worker.pid, exitcode)
-        if ticket is not None:
-            self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
         try:
-            files.remove()
+            files.remove()  # before its task is over: then nothing of it is left
         except OSError as e:
             log.warning("the files of worker %d stay until the next start: %s", worker.pid, e)
+        if ticket is not None:
+            self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
 
     def _finish(self, ticket: Ticket, answer: Result, error: S4Error | None) -> None:
         try:
