@@ -7,7 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from s4.errors import CancelledError, ConflictError, MissingError, S4Error, StoppingError, TimeLimitError
+from s4.errors import (
+    CancelledError,
+    ConflictError,
+    MissingError,
+    S4Error,
+    StoppingError,
+    TimeLimitError,
+    WorkerDiedError,
+)
 from s4.index import Counts, JobRow, NewTask, TaskChange
 from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, STOPPED
 from s4.inputs import EVAL
@@ -95,8 +103,8 @@ class Evals:
                 if recorded:
                     self._record_failure(job, task, ticket, e)
                 parts.storage.discard(job_id)
-                if type(e) in (S4Error, TimeLimitError):  # they know the command, but not of which key
-                    raise type(e)(f"{url(path)}: {e}") from e
+                if isinstance(e, (TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
+                    e.args = (f"{url(path)}: {e}",)  # who raised it knows the command, but not its key
                 raise
             finally:
                 del self._running[job_id]

@@ -19,6 +19,7 @@ import sh
 from s4.errors import S4Error
 from s4.workers import processes
 
+# Stderr is appended to, so that a command's own `>> /dev/stderr` does not write over what was said before.
 # The first line is where bash begins to count the lines of a command: from 1, as with `bash -c`.
 _LOOP = r"""s4_run() { unset -f s4_run; eval -- "$s4_command"; }
 set -m
