@@ -12,7 +12,7 @@ import pytest
 from cluster import Cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from procs import alive, eventually, running
+from procs import alive, descendants, eventually, running
 
 from s4.keys import matcher
 
@@ -296,6 +296,20 @@ def test_commands_that_run_side_by_side_share_the_cpus(
     cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(keys)})
     cluster.s4("map", "s4://b/in/", "s4://b/out/", "nproc")
     assert set(cluster.contents("s4://b/out/").values()) == {b"%d\n" % threads}
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_IDLE], ids=["usual", "chosen for the server"])
+def test_commands_are_scheduled_as_batch_unless_the_server_is_scheduled_as_something_else(
+    start_cluster: Callable[..., Cluster], policy: int
+) -> None:
+    cluster = start_cluster(1)
+    node = cluster.nodes[0]
+    for pid in (node.pid, *(process.pid for process in descendants(node.pid))):
+        os.sched_setscheduler(pid, policy, os.sched_param(0))
+    cluster.put("s4://b/in/000", b"")
+    for command in ("cut -d ' ' -f 41 /proc/self/stat", "cut -d ' ' -f 41 /proc/self/stat | cat"):
+        assert int(cluster.s4("eval", "s4://b/in/000", command).out) == (policy or os.SCHED_BATCH)
+    assert os.sched_getscheduler(node.pid) == policy
 
 
 def test_ctrl_c_ends_a_job_with_all_its_commands(cluster: Cluster, bucket: str) -> None:
