@@ -34,8 +34,13 @@ def needed(given: dict[str, str], name: str) -> str:
 
 
 def flag(given: dict[str, str], name: str) -> bool:
-    """Whether a parameter says true."""
-    return given.get(name, "").lower() in ("true", "1", "yes")
+    """A parameter that is true or false, without it false."""
+    text = given.get(name, "").lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no", ""):
+        return False
+    raise BadRequestError(f"{name}={given[name]!r}: true or false is needed")
 
 
 def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:

@@ -123,14 +123,23 @@ def test_parameters_are_percent_encoded_as_usual(node: Node, bucket: str) -> Non
     assert node.request("POST", f"/prepare_put?key={bucket}/000+x", {}).status == 400  # a plus is a space
 
 
-@pytest.mark.parametrize("value", ["true", "false", None])
-def test_recursive_is_true_or_not(node: Node, bucket: str, value: str | None) -> None:
+@pytest.mark.parametrize("value", ["true", "True", "1", "false", "0", "", None])
+def test_recursive_is_true_or_false(node: Node, bucket: str, value: str | None) -> None:
     node.put(f"{bucket}/dir/000")
     options = {} if value is None else {"recursive": value}
+    is_true = value in ("true", "True", "1")
     (row,) = node.request("GET", "/list", {"prefix": f"{bucket}/", **options}).json()
-    assert row[3] == ("dir/000" if value == "true" else "dir/")
+    assert row[3] == ("dir/000" if is_true else "dir/")
     answer = node.request("POST", "/delete", {"prefix": f"{bucket}/dir/", **options})
-    assert answer.status == (200 if value == "true" else 400)
+    assert answer.status == (200 if is_true else 400)
+
+
+def test_recursive_that_is_neither_true_nor_false_is_400(node: Node, bucket: str) -> None:
+    node.put(f"{bucket}/000")
+    for method, path in (("GET", "/list"), ("POST", "/delete")):
+        answer = node.request(method, path, {"prefix": f"{bucket}/000", "recursive": "maybe"})
+        assert (answer.status, answer.text) == (400, "recursive='maybe': true or false is needed")
+    assert len(node.listing(f"{bucket}/")) == 1
 
 
 def test_removing_nothing_is_404_for_a_key_and_200_for_a_prefix(node: Node, bucket: str) -> None:
