@@ -59,55 +59,58 @@ class Evals:
         `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
         BusyError, TimeLimitError, CancelledError.
         """
-        parts = self._parts
-        key = parts.keys.get(path)
+        key = self._parts.keys.get(path)
         job = JobRow(job_id, EVAL, url(path), "", command, timeout, alone=True)
-        task = NewTask(parts.position, path, 1, key.size)
-        work = f"{job_id}.{task.task}.1"
-        environment = {
-            "filename": name_of(path),
-            "S4_KEY": url(path),
-            "S4_JOB": job_id,
-            "S4_TASK": str(task.task),
-            "S4_ATTEMPT": "1",
-        }
-        ticket = Ticket(
-            Kind.COMPUTE,
-            Command(
-                command,
-                parts.storage.temporary_folder(work),
-                parts.storage.temporary_file(work),
-                "eval",
-                parts.storage.real_path(path),
-                [],
-                environment,
-            ),
-            time_limit=timeout,
-            urgent=True,
-        )
+        task = NewTask(self._parts.position, path, 1, key.size)
+        ticket = self._ticket(job, task)
         with self._gate.waiting():
             if self._running.setdefault(job_id, ticket) is not ticket:
                 raise ConflictError(f"job {job_id} is running already")
-            recorded = False
             try:
                 self._check_new(job_id)
-                parts.pool.submit(ticket)
-                wait_for_slot(parts.pool, ticket)  # who is turned away here comes again with the same id
-                self._begin(job, task)
-                recorded = True
-                ran = self._wait(ticket, abandoned)
-            except BaseException as e:
-                parts.pool.cancel(ticket, S4Error("the eval failed"))
-                with contextlib.suppress(S4Error):
-                    ticket.result()
-                if recorded:
-                    self._record_failure(job, task, ticket, e)
-                parts.storage.discard(job_id)
-                if isinstance(e, (TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
-                    e.args = (f"{url(path)}: {e}",)  # who raised it knows the command, but not its key
-                raise
+                return self._run(job, task, ticket, abandoned)
             finally:
                 del self._running[job_id]
+
+    def _ticket(self, job: JobRow, task: NewTask) -> Ticket:
+        storage = self._parts.storage
+        work = f"{job.id}.{task.task}.1"
+        environment = {
+            "filename": name_of(task.input),
+            "S4_KEY": url(task.input),
+            "S4_JOB": job.id,
+            "S4_TASK": str(task.task),
+            "S4_ATTEMPT": "1",
+        }
+        command = Command(
+            job.command,
+            storage.temporary_folder(work),
+            storage.temporary_file(work),
+            "eval",
+            storage.real_path(task.input),
+            [],
+            environment,
+        )
+        return Ticket(Kind.COMPUTE, command, time_limit=job.timeout, urgent=True)
+
+    def _run(self, job: JobRow, task: NewTask, ticket: Ticket, abandoned: Callable[[], bool]) -> Evaluation:
+        recorded = False
+        try:
+            self._parts.pool.submit(ticket)
+            wait_for_slot(self._parts.pool, ticket)  # who is turned away here comes again with the same id
+            self._begin(job, task)
+            recorded = True
+            ran = self._wait(ticket, abandoned)
+        except BaseException as e:
+            self._parts.pool.cancel(ticket, S4Error("the eval failed"))
+            with contextlib.suppress(S4Error):
+                ticket.result()
+            if recorded:
+                self._record_failure(job, task, ticket, e)
+            self._parts.storage.discard(job.id)
+            if isinstance(e, (TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
+                e.args = (f"{url(task.input)}: {e}",)  # who raised it knows the command, but not its key
+            raise
         return self._finished(job, task, ticket, ran)
 
     def _check_new(self, job_id: str) -> None:

@@ -258,4 +258,8 @@ def test_of_two_evals_with_one_id_one_runs(start_cluster: Callable[..., Cluster]
         statuses = sorted(future.result().status for future in both)
     assert statuses == [200, 409] and blocker.wait(10) == 0
     assert {share["state"] for share in node.get("/jobs").json()} == {"done"}
+    for _ in range(20):  # more often than evals may run at once
+        again = ask(timeout=5)
+        assert (again.status, again.text) == (409, "job one0one0one0 ran already")
+    assert cluster.s4("eval", "s4://b/000", "cat").out == b"x"
     assert "Traceback" not in node.log
