@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 from s4.config import Conf
 from s4.errors import ConflictError, S4Error, rebuilt
 from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS
+from s4.storage import remove_tree
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Push, Pushed, StoredFile
 
@@ -114,6 +115,22 @@ class Outbox(Generic[T]):
         self._files += 1
         self._bytes += sending.file.size
 
+    def drop(self, sender: T) -> int:
+        """Forget the outputs of a sender that have not left, with their files; how many."""
+        count = 0
+        for gathered in self._gathered.values():
+            dropped = [sending for sending in gathered.waiting if sending.sender == sender]
+            if not dropped:
+                continue
+            gathered.waiting = deque(sending for sending in gathered.waiting if sending.sender != sender)
+            for sending in dropped:
+                remove_tree(sending.file.file)
+                gathered.bytes -= sending.file.size
+                self._bytes -= sending.file.size
+            count += len(dropped)
+        self._files -= count
+        return count
+
     def send(self, *, nothing_more: bool) -> None:
         """Let batches leave that are due, or all; at most two conversations with a server at once."""
         everything = nothing_more or self.full or self._half_full
@@ -141,7 +158,8 @@ class Outbox(Generic[T]):
             ]
         except S4Error as e:
             kind = ConflictError if isinstance(e, ConflictError) else S4Error
-            outcome = [kind(f"outputs for {server}: {e}")] * len(batch)
+            reason = str(e).removeprefix(f"{server}: ")
+            outcome = [kind(f"outputs for {server}: {reason}")] * len(batch)
         for sending in batch:
             self._files -= 1
             self._bytes -= sending.file.size

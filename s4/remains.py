@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from s4.config import Conf
-from s4.errors import NodeError
+from s4.errors import NodeError, StoppingError
 from s4.http import Caller
 from s4.index import KeyIndex
 from s4.keys import url
@@ -47,12 +47,11 @@ class Remains:
     def _makers_on(self, position: int) -> Iterable[Maker]:
         if position == self._position:
             return [Maker(*row) for row in self._keys.makers(self._outdir)]
-        with self._caller(position) as caller:
-            answer = caller.call("GET", "/outputs", {"prefix": url(self._outdir)})
-            try:
-                return [Maker(folder, job, task) for folder, job, task in json.loads(answer)]
-            except (ValueError, TypeError):
-                raise NodeError(caller.server, "its answer makes no sense") from None
+        answer = self._ask(position, "GET", "/outputs")
+        try:
+            return [Maker(folder, job, task) for folder, job, task in json.loads(answer)]
+        except (ValueError, TypeError):
+            raise NodeError(str(self._conf.servers[position]), "its answer makes no sense") from None
 
     def remove(self, makers: Sequence[Maker], unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove what these tasks made, on all nodes; `unlink` as in KeyIndex.remove. Raises S4Error."""
@@ -62,9 +61,12 @@ class Remains:
                 if position == self._position:
                     self._keys.remove_made(self._outdir, some, unlink)
                     continue
-                with self._caller(position) as caller:
-                    body = json.dumps(some).encode()
-                    caller.call("POST", "/remove_outputs", {"prefix": url(self._outdir)}, body)
+                self._ask(position, "POST", "/remove_outputs", json.dumps(some).encode())
 
-    def _caller(self, position: int) -> Caller:
-        return Caller(str(self._conf.servers[position]), self._conf.fingerprint, _SECONDS)
+    def _ask(self, position: int, method: str, path: str, body: bytes | None = None) -> bytes:
+        server = str(self._conf.servers[position])
+        with Caller(server, self._conf.fingerprint, _SECONDS) as caller:
+            try:
+                return caller.call(method, path, {"prefix": url(self._outdir)}, body)
+            except StoppingError as e:  # it is not this node that stops
+                raise NodeError(server, str(e)) from e

@@ -77,8 +77,8 @@ class _Attempt:
     ticket: Ticket | None = None
     ran: Ran | None = None
     noted: bool = False  # the record says that it runs
-    unstored: int = 0  # outputs that are not yet keys
-    failed: bool = False
+    unsettled: int = 0  # outputs that are not yet keys, nor refused
+    failure: TaskChange | None = None
     outputs: list[StoredFile] = field(default_factory=list)
 
 
@@ -103,6 +103,7 @@ class Share:
         self._commands: dict[Ticket, _Attempt] = {}
         self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, job.timeout, self._events.put)
         self._ready: deque[_Attempt] = deque()
+        self._to_repeat: list[_Attempt] = []  # failed, but some of their outputs may be on their way
         self._threads: dict[str, str] = {}
         self._last_read = -1
         self._all_read = False
@@ -234,6 +235,7 @@ class Share:
         """Start commands while there is room; whether all tasks have been started."""
         # As many again as can run wait in the pool, so that a free slot never waits for us.
         while len(self._commands) < 2 * self._parts.slots and not self._outbox.full:
+            self._repeat()
             if not self._ready:
                 self._read_tasks()
             if not self._ready:
@@ -380,7 +382,7 @@ class Share:
         if ran.problem:
             return ran.problem, None
         attempt.outputs = ran.outputs
-        attempt.unstored = len(ran.outputs)
+        attempt.unsettled = len(ran.outputs)
         if not ran.outputs:
             self._finish(attempt)
         return "", None
@@ -418,8 +420,8 @@ class Share:
         return refused
 
     def _stored(self, attempt: _Attempt) -> None:
-        attempt.unstored -= 1
-        if attempt.unstored == 0 and not attempt.failed:
+        attempt.unsettled -= 1
+        if attempt.unsettled == 0 and attempt.failure is None:
             self._finish(attempt)
 
     def _finish(self, attempt: _Attempt) -> None:
@@ -448,32 +450,53 @@ class Share:
         )
 
     def _fail(self, attempt: _Attempt, problem: str, error: S4Error | None) -> None:
-        """A try failed: again if tries are left, otherwise the task failed."""
+        """A try failed, or one of its outputs: again if tries are left, otherwise the task failed."""
         if isinstance(error, StoppingError):
             raise error
-        if attempt.failed:  # another of its outputs has failed before
+        if attempt.outputs:
+            attempt.unsettled -= 1
+        if attempt.failure is not None:  # another of its outputs has failed before
             return
-        attempt.failed = True
         change = self._change(attempt, FAILED)._replace(error=problem)
         if attempt.ran is None and attempt.ticket is not None:  # it was killed
             change = change._replace(stderr=attempt.ticket.stderr)
             if isinstance(error, TimeLimitError):
                 change = change._replace(signal=int(signal.SIGKILL))
-        if not attempt.outputs:  # those that were handed on go one by one
+        attempt.failure = change
+        if attempt.outputs:
+            attempt.unsettled -= self._outbox.drop(attempt)
+        else:  # those that were handed on go one by one
             self._parts.storage.discard(self._work_name(attempt))
         if attempt.tries_left > 0 and not isinstance(error, ConflictError):
-            if self.job.kind == MAP_TO_N and attempt.outputs:
-                made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
-                self._inputs.outputs.remove([made], self._parts.storage.unlink)
-            self._ready.appendleft(_Attempt(attempt.task, attempt.number + 1, attempt.tries_left - 1))
-            return
+            self._to_repeat.append(attempt)
+        else:
+            self._give_up(attempt, change, error)
+
+    def _repeat(self) -> None:
+        """Have tasks tried again that failed, once nothing of them is on its way any more."""
+        for attempt in [attempt for attempt in self._to_repeat if not attempt.unsettled]:
+            self._to_repeat.remove(attempt)
+            try:
+                if self.job.kind == MAP_TO_N and attempt.outputs:
+                    made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
+                    self._inputs.outputs.remove([made], self._parts.storage.unlink)
+            except S4Error as e:  # such as of a node that is down
+                assert attempt.failure is not None
+                problem = f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {e}"
+                self._give_up(attempt, attempt.failure._replace(error=problem), e)
+                self._stop_at_failure()
+            else:
+                self._ready.appendleft(_Attempt(attempt.task, attempt.number + 1, attempt.tries_left - 1))
+
+    def _give_up(self, attempt: _Attempt, change: TaskChange, error: S4Error | None) -> None:
+        """The task failed, because of `error` if it was not by the command's own end."""
         self._counts.failed += 1
         self._counts.bytes_in += attempt.task.bytes_in
         self._changes.append(change)
         if self.failure is None:
             kind = ConflictError if isinstance(error, ConflictError) else CommandError
             where = f"{url(attempt.task.input)} on {self._parts.server}"
-            self.failure = kind(f"{where}: {problem}{one_line(change.stderr)}")
+            self.failure = kind(f"{where}: {change.error}{one_line(change.stderr)}")
 
     def _record(self) -> None:
         """Write down, now and then, what is not yet recorded."""

@@ -354,6 +354,36 @@ def test_retries_count_attempts_and_stop_at_the_limit(three: Cluster) -> None:
     assert (three.work / "tries" / "001").read_text() == "1\n2\n3\n1\n2\n3\n"
 
 
+def test_a_shuffle_keeps_going_without_a_node_also_if_it_may_try_again(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 21)
+    go = three.work / "go"
+    command = f"""
+        echo "$S4_ATTEMPT" >> {three.work}/tries.$filename
+        while [ ! -e {go} ]; do sleep 0.01; done
+        for name in 000 001 002; do
+            [ "$filename" -lt 12 ] && [ $name = 002 ] || {{ echo > $name; echo $name; }}
+        done"""
+    options = ("--keep-going", "--retries", "1", "--json")
+    client = three.start_s4("map-to-n", "s4://b/in/", "s4://b/out/", command, *options)
+    eventually(lambda: all(_running_on(node, "sleep") for node in three.nodes), 10)
+    three.nodes[2].kill()
+    go.touch()
+    out, err = client.communicate(timeout=60)
+    assert client.returncode == 3
+    states = {part["node"]: part for part in json.loads(out)["nodes"]}
+    for node in three.nodes[:2]:
+        part = states[str(node)]
+        assert (part["tasks"], part["done"], part["failed"], part["cancelled"]) == (7, 4, 3, 0), err
+    for i in range(12, 21):
+        if i % 3 != 2:
+            assert f"failed: s4://b/in/{i:03} on" in err.decode()
+            assert (three.work / f"tries.{i:03}").read_text() == "1\n"
+    assert err.decode().count("not tried again, for its outputs cannot be removed") == 6
+    three.nodes[2].start()
+    three.s4("retry", json.loads(out)["job"], timeout=60)
+    assert len(three.keys("s4://b/out/")) == 12 * 2 + 9 * 3
+
+
 def test_a_retry_may_replace_only_keys_of_its_own_task(three: Cluster) -> None:
     _put(three, "s4://b/in/", 3)
     command = 'echo "$S4_ATTEMPT" > part; echo part; [ "$S4_ATTEMPT" -ge 2 ] || [ "$filename" != 001 ]'

@@ -361,3 +361,24 @@ def test_before_commands_would_have_to_wait_for_room_all_outputs_leave(bench: Be
     _add(bench, box, 0, 1, MB)
     box.send(nothing_more=False)
     assert _batches(box) == [11] * 24
+
+
+@in_a_process_alone
+def test_what_a_sender_drops_does_not_leave(bench: Bench) -> None:
+    box = _outbox(bench, 2)
+    _add(bench, box, 0, 3, MB)
+    box.send(nothing_more=True)
+    under_way = box.tickets
+    for position in (0, 1, 1):  # senders 4, 5 and 6
+        _add(bench, box, position, 1, MB)
+    files = {int(path.name) for path in (bench.folder / "files").iterdir()}
+    assert [box.drop(sender) for sender in (1, 5, 5, 4)] == [0, 1, 0, 1]
+    assert {int(path.name) for path in (bench.folder / "files").iterdir()} == files - {4, 5}
+    box.send(nothing_more=True)
+    (left,) = set(box.tickets) - set(under_way)
+    assert isinstance(left.task, Push) and [path for path, _file, _task in left.task.entries] == ["b/6"]
+    for ticket in box.tickets:
+        with pytest.raises(S4Error):
+            ticket.result(30)
+        box.arrived(ticket, "here")
+    assert box.empty
