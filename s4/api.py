@@ -49,9 +49,9 @@ from s4.job_api import (
 from s4.node import Node
 from s4.parameters import (
     checked_command,
-    checked_job_id,
     flag,
     is_size,
+    job_id_or_new,
     json_lines,
     needed,
     positive_seconds,
@@ -405,7 +405,7 @@ class Eval:
         try:
             done = self._node.evals.run(
                 self._node.own_key(needed(given, "key")),
-                checked_job_id(given.get("job", "")),
+                job_id_or_new(given.get("job", "")),
                 checked_command(command),
                 positive_seconds("timeout", given.get("timeout"), self._node.limits.timeout),
                 abandoned,

@@ -125,13 +125,17 @@ class Client:
         from s4.results import Evaluation
 
         path = parse_key(_with_scheme(key))
+        try:
+            command = os.fsencode(cmd)
+        except UnicodeEncodeError:
+            raise BadRequestError("the command is not valid UTF-8") from None
         parameters = {"key": url(path), "raw": "true", "timeout": repr(self._timeout), "job": new_job_id()}
         with self.caller(self.server_of(path)) as caller:
             response = caller.open(
                 "POST",
                 "/eval",
                 parameters,
-                os.fsencode(cmd),
+                command,
                 silence=self._timeout + GRACE_SECONDS,
                 accept=(200, 400),
             )
@@ -421,6 +425,7 @@ class Client:
     def health(self) -> dict[str, str | None]:
         """Ask every server whether it is healthy: None, or what is wrong with it."""
         import threading
+        import time
 
         found: dict[str, str | None] = dict.fromkeys(self.servers(), "no answer in time")
 
@@ -435,8 +440,9 @@ class Client:
         threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in found]
         for thread in threads:
             thread.start()
+        deadline = time.monotonic() + 2 * HEALTH_SECONDS  # the look-up of a host name has no limit of its own
         for thread in threads:
-            thread.join(2 * HEALTH_SECONDS)  # the look-up of a host name has no time limit of its own
+            thread.join(max(0.0, deadline - time.monotonic()))
         return dict(found)
 
     def servers(self) -> list[str]:

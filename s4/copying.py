@@ -103,7 +103,8 @@ def _get(client: "Client", src: str, dst: str) -> None:
     with client.caller(client.server_of(path)) as caller:
         if dst == "-":
             sys.stdout.flush()
-            get_one(caller, path, 1, reserve=False)
+            with _local_errors("stdout"):
+                get_one(caller, path, 1, reserve=False)
             return
         if dst.endswith("/") or dst in (".", ".."):
             dst = os.path.join(dst, name_of(path))
@@ -155,9 +156,13 @@ def _make_folders(folder: str) -> list[str]:
         if parent == folder:
             break
         folder = parent
-    for made in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another thread was first; a file there fails later
-            os.mkdir(made)
+    try:
+        for made in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another thread was first; a file there fails later
+                os.mkdir(made)
+    except OSError:
+        _remove_folders(missing)
+        raise
     return missing
 
 
@@ -318,7 +323,8 @@ class _Crew:
                 except S4Error as e:
                     for item in items:
                         self._fail(item, str(e))
-                advance(items)
+                with self._lock:
+                    advance(items)
         except BaseException as e:
             with self._lock:
                 self._errors.append(e)
@@ -406,6 +412,8 @@ def _fill(sock: "_socket.socket", size: int) -> None:
 
 
 def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:
+    over: set[int] = set()  # those that are in place, or were told to have failed
+
     def receive(incoming: Incoming, index: int, size: int, checksum: str) -> None:
         item = items[index]
         before = incoming.taken
@@ -418,9 +426,14 @@ def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
                     raise LocalFileError(f"{item.file}: {checksum} is the stored checksum, but {found} came")
         except LocalFileError as e:
             failed(item, str(e))
+            over.add(index)
             incoming.skip(size - (incoming.taken - before))
+        over.add(index)
 
-    refused = get_batch(caller, [item.path for item in items], receive)
+    try:
+        refused = get_batch(caller, [item.path for item in items], receive)
+    except S4Error as e:
+        refused = [None if index in over else e for index in range(len(items))]
     for item, error in zip(items, refused, strict=True):
         if error is not None:
             failed(item, str(error))

@@ -11,6 +11,7 @@ import falcon
 
 from s4.errors import BadRequestError, S4Error
 from s4.index import JobRow, ShareRow
+from s4.index.jobs import RUNNING, TASK_STATES
 from s4.index.schema import schema
 from s4.inputs import EVAL, MAP, MAP_FROM_N, MAP_TO_N
 from s4.jobs import row_of
@@ -23,6 +24,7 @@ from s4.parameters import (
     checked_prefix,
     flag,
     is_size,
+    job_id_or_new,
     json_lines,
     json_object,
     needed,
@@ -128,7 +130,9 @@ class JobList:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
         limit = whole_number(given, "limit") if "limit" in given else 1000
-        running = given.get("state") == "running"
+        if given.get("state", RUNNING) != RUNNING:
+            raise BadRequestError(f"state={given['state']!r}: only {RUNNING} can be asked for")
+        running = "state" in given
         rows = self._node.jobs.newest(checked_prefix(given.get("prefix", "")), limit, running=running)
         answer_json(resp, [_shown(row) for row in rows])
 
@@ -156,6 +160,9 @@ class TaskList:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
         states = [state for state in given.get("state", "").split(",") if state]
+        for state in states:
+            if state not in TASK_STATES:
+                raise BadRequestError(f"state={state!r}: it must be one of {', '.join(TASK_STATES)}")
         chunks = self._node.jobs.tasks(needed(given, "job"), states, stderr=flag(given, "stderr"))
         resp.content_type = falcon.MEDIA_JSON
         resp.stream = json_lines([json.dumps(_shown_task(task)) for task in chunk] for chunk in chunks)
@@ -316,7 +323,7 @@ def _job(body: dict[str, Any], kind: str, timeout: float) -> JobRow:
         raise BadRequestError('the body must be JSON {"cmd", "indir", "outdir"}, and "job" a string')
     indir, outdir, command, job_id = map(str, texts)
     return JobRow(
-        checked_job_id(job_id),
+        job_id_or_new(job_id),
         kind,
         indir,
         outdir,

@@ -191,9 +191,10 @@ class Node:
 
     def stop(self) -> None:
         """End everything that is under way, in the order: jobs (they would start more), then workers."""
-        self.jobs.stop()
-        self.pool.stop()
-        self.evals.wait()
-        self.storage.empty_temporary()
-        self.database.close()
-        self.storage.close()
+        with contextlib.ExitStack() as last:
+            last.callback(self.storage.close)
+            last.callback(self.database.close)
+            self.jobs.stop()
+            self.pool.stop()
+            self.evals.wait()
+            self.storage.empty_temporary()

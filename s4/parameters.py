@@ -102,12 +102,15 @@ def whole_of(body: dict[str, Any], name: str, default: int) -> int:
 
 
 def checked_job_id(text: str) -> str:
-    """The id of a job, a new one for an empty text."""
-    if not text:
-        return new_job_id()
+    """The id of a job."""
     if not _JOB_ID.fullmatch(text):
         raise BadRequestError(f"bad job id {text!r}: letters, digits and '-', at most 64")
     return text
+
+
+def job_id_or_new(text: str) -> str:
+    """The id of a job, a new one for an empty text."""
+    return checked_job_id(text) if text else new_job_id()
 
 
 def checked_prefix(text: str) -> str:

@@ -90,10 +90,13 @@ class Result:
 def sql(client: "Client", query: str, limit: int = MAX_ROWS) -> Result:
     """Run a query on all indexes. Raises S4Error, which names the node, also for too many rows."""
     check_limit(limit)
+    try:
+        text = query.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise BadRequestError("the query is not valid UTF-8") from None
 
     def ask_node(server: str) -> tuple[list[str], list[list[Value]]]:
         try:
-            text = query.encode("utf-8", "surrogateescape")
             answer = ask(
                 client, server, "POST", "/sql", {"limit": str(limit)}, text, silence=2 * GRACE_SECONDS
             )

@@ -62,6 +62,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
 
 def _open(path: str) -> Database:
     """The index; a damaged one is set aside and a new one begun."""
+    database = None
     try:
         database = Database(path)
         database.check()
@@ -69,6 +70,8 @@ def _open(path: str) -> Database:
     except DamagedIndexError as e:
         aside = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         print(f"{e}; it is set aside as {aside}", file=sys.stderr)
+    if database is not None:
+        database.abandon()  # before the files move: SQLite removes its WAL by the name that it had
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             os.rename(path + suffix, aside + suffix)

@@ -56,13 +56,13 @@ def failure(task: Task) -> str:
 
 
 def how_it_ended(task: Task) -> str:
-    """`exit code 3 after 0.012 s`."""
+    """`exit code 3 (0.012 s, attempt 2)`."""
     how = task.error or "failed"
     if task.exit_code is not None and task.signal:
         how = f"signal {task.signal}{_signal_name(task.signal)}"
-    after = f" after {duration(task.seconds)}" if task.seconds is not None else ""
-    attempt = f", attempt {task.attempt}" if task.attempt > 1 else ""
-    return how + after + attempt
+    notes = [duration(task.seconds)] if task.seconds is not None else []
+    notes += [f"attempt {task.attempt}"] if task.attempt > 1 else []
+    return f"{how} ({', '.join(notes)})" if notes else how
 
 
 def _signal_name(number: int) -> str:

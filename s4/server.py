@@ -20,7 +20,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from s4.config import CONF_ENVIRONMENT, Conf, Server, local_address, own_position, read_conf, timeout_setting
+from s4.config import (
+    CONF_ENVIRONMENT,
+    NO_CONF,
+    Conf,
+    Server,
+    local_address,
+    own_position,
+    read_conf,
+    timeout_setting,
+)
 from s4.errors import FAILED, MISUSE, S4Error, StoppingError
 
 if TYPE_CHECKING:
@@ -140,18 +149,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.set_defaults(action=name)
         _add(action, settings, suppress=name == "reindex")
-    _check_options(parser, argv)
-    return parser.parse_args(argv)
+    # argparse would take what follows an unknown option for an action, and complain of that.
+    _check_options(parser, argv, _PLACE + _LIMITS + (_LOCAL if "local" in argv else []), "there is")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "reindex":
+        _check_options(parser, argv, _PLACE, "reindex has")
+    elif arguments.action == "local":
+        _check_options(parser, argv, _LOCAL, "local has")
+    return arguments
 
 
-def _check_options(parser: _Parser, argv: Sequence[str]) -> None:
-    """Refuse unknown options: argparse would take what follows one for an action, and complain of that."""
-    settings = _PLACE + _LIMITS + (_LOCAL if "local" in argv else [])
+def _check_options(parser: _Parser, argv: Sequence[str], settings: Sequence[_Setting], has: str) -> None:
+    """Refuse options that are none of `settings`."""
     known = {"h", "help", *(setting.name for setting in settings)}
     for word in argv:
         name = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and name[:1].isalpha() and name not in known:
-            parser.error(f"there is no option {word}")
+            parser.error(f"{has} no option {word}")
 
 
 def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting], *, suppress: bool = False) -> None:
@@ -296,7 +310,7 @@ def _prepare_environment(conf: Conf, own: Server) -> None:
     """What commands inherit: who runs them, and what they need to call `s4` themselves."""
     os.environ["S4_NODE"] = str(own)
     # Empty for the built-in default, as which the client takes it.
-    os.environ[CONF_ENVIRONMENT] = os.path.abspath(conf.source) if os.path.exists(conf.source) else ""
+    os.environ[CONF_ENVIRONMENT] = "" if conf.source == NO_CONF else os.path.abspath(conf.source)
     path = os.environ.get("PATH", os.defpath)
     for program in (sys.argv[0], sys.executable):  # of a node of `local`, argv[0] is this file
         folder = os.path.dirname(os.path.abspath(program))

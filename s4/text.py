@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
-_SPANS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+# A unit of time in seconds, its name, and what would be shown as a whole one of the next.
+_SPANS = ((1.0, "s", 59.95), (60.0, "min", 59.95), (3600.0, "h", 23.95), (86400.0, "d", float("inf")))
 
 
 def printable(text: str) -> str:
@@ -34,7 +35,7 @@ def shortened(text: str, width: int) -> str:
 
 def size(count: float) -> str:
     """A number of bytes: 0 B, 999 B, 1.2 MB."""
-    if count < 1000:
+    if count < 999.5:
         return f"{count:.0f} B"
     power = 1
     while count / 1000**power >= 999.95 and power < len(_UNITS):
@@ -44,10 +45,10 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """A span of time as precise as it is short: 0.012 s, 12.3 s, 3.5 min, 2.1 h, 4.0 d."""
-    for length, unit in _SPANS:
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
+    if seconds < 0.9995:
+        return f"{seconds:.3f} s"
+    length, unit = next((length, unit) for length, unit, end in _SPANS if seconds / length < end)
+    return f"{seconds / length:.1f} {unit}"
 
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = (), gap: str = "  ") -> list[str]:

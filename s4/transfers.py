@@ -164,6 +164,7 @@ class Transfers:
             port: int = listener.getsockname()[1]
             receive = Receive(files, sizes, peer)
             ticket = self._start(Ticket(Kind.RECEIVE, receive, [os.dup(listener.fileno())]))
+            on_error.callback(self._pool.cancel, ticket, S4Error("the transfer cannot be recorded"))
             total = None if None in sizes else sum(size or 0 for size in sizes)
             paths = [path for path, _size, _task in wanted]
             self._records.transfer_began(name, "put", paths, total, peer)

@@ -2,12 +2,16 @@
 
 import os
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cluster import HOST, SERVER, Cluster, free_port
 from procs import eventually
+
+from s4 import Client
 
 BAD_CONFS = {
     "no port": ("host:1\nhost\n", ", line 2"),
@@ -200,6 +204,27 @@ def test_with_a_disagreeing_conf_nothing_is_stored_anywhere(
         cluster.fails("rm", f"{bucket}/in/000", "-c", disagreeing, code=1)
         for job in ("map", "map-to-n", "map-from-n"):
             cluster.fails(job, f"{bucket}/in/", f"{bucket}/out/", "cat", "-c", disagreeing, code=1)
+
+
+def test_health_waits_for_all_host_names_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def look_up(*_arguments: object) -> None:
+        assert over.wait(60)
+        raise OSError("no such host")
+
+    monkeypatch.setattr("s4.http.dial", look_up)
+    hosts = [f"host{i}:8080" for i in range(10)]
+    conf = folder / "conf"
+    conf.write_text("\n".join(hosts))
+    client = Client(str(conf))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            # 2 s, where one host after the other would take 20.
+            assert pool.submit(client.health).result(10) == dict.fromkeys(hosts, "no answer in time")
+            over.set()
+    finally:
+        over.set()
 
 
 def test_health_with_a_server_down_says_which_and_answers_soon(start_cluster: Callable[..., Cluster]) -> None:

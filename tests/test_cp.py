@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -18,7 +19,12 @@ import pytest
 from cluster import Cluster, tree, write_tree
 from procs import eventually, holds_open, peak_megabytes
 
-from s4 import Client, S4Error
+from s4 import Client, S4Error, copying
+from s4.copying import CopyError
+from s4.errors import TransferError
+from s4.exchange import get_batch
+from s4.http import Caller
+from s4.streams import Incoming
 
 CONTENTS = {
     "empty": b"",
@@ -402,6 +408,56 @@ def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
     cluster.put(f"{bucket}/d/000", bytes(3 << 20))
     cluster.fails("cp", *(argument.format(bucket) for argument in arguments), cwd=folder, before=_file_limit)
     assert tree(folder) == {}
+
+
+def test_folders_that_were_made_for_a_download_go_when_it_fails(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/000", b"x")
+    for place in (f"new/a/{'x' * 300}/file", f"new/a/{'x' * 300}"):
+        assert "name too long" in cluster.fails("cp", f"{bucket}/000", f"{folder}/{place}", code=1)
+        assert list(folder.iterdir()) == []
+
+
+def test_only_files_that_did_not_arrive_count_as_not_copied(
+    start_cluster: Callable[..., Cluster], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start_cluster(1)
+    cluster.put_all({f"s4://b/in/{i:03}": b"x" for i in range(10)})
+
+    def breaks(caller: Caller, paths: list[str], receive: Callable[..., None]) -> list[S4Error | None]:
+        def first_five(incoming: Incoming, index: int, size: int, checksum: str) -> None:
+            if index == 5:
+                raise TransferError("the connection broke")
+            receive(incoming, index, size, checksum)
+
+        return get_batch(caller, paths, first_five)
+
+    monkeypatch.setattr(copying, "get_batch", breaks)
+    with pytest.raises(CopyError, match="5 of 10 files were not copied") as e:
+        Client(str(cluster.conf)).cp("s4://b/in/", f"{folder}/", recursive=True)
+    assert len(e.value.failures) == 5 and "005: the connection broke" in e.value.failures[0]
+    assert sorted(os.listdir(folder)) == [f"{i:03}" for i in range(5)]
+
+
+def test_what_a_client_in_python_cannot_do_is_an_error_of_ours(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/000", b"x" * 100_000)
+    client = Client(str(cluster.conf))
+    with pytest.raises(S4Error, match="the command is not valid UTF-8"):
+        client.eval(f"{bucket}/000", "echo \ud800")
+    with pytest.raises(S4Error, match="the query is not valid UTF-8"):
+        client.sql("select '\ud800'")
+    script = """if True:
+        import s4, sys
+        try:
+            s4.Client(sys.argv[1]).cp(sys.argv[2], "-")
+        except s4.S4Error as e:
+            sys.exit(str(e))
+        """
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", script, str(cluster.conf), f"{bucket}/000"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=20)
+    assert (done.returncode, done.stderr) == (1, b"stdout: No space left on device\n")
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bucket: str) -> None:

@@ -142,6 +142,15 @@ def test_recursive_that_is_neither_true_nor_false_is_400(node: Node, bucket: str
     assert len(node.listing(f"{bucket}/")) == 1
 
 
+def test_a_job_or_state_that_there_cannot_be_is_400(node: Node) -> None:
+    empty = node.post("/cancel", job="")
+    assert (empty.status, empty.text) == (400, "bad job id '': letters, digits and '-', at most 64")
+    assert node.get("/jobs", state="running").status == 200
+    for path in ("/jobs", "/tasks"):
+        answer = node.get(path, job="none", state="nonsense")
+        assert answer.status == 400 and "state='nonsense'" in answer.text
+
+
 def test_removing_nothing_is_404_for_a_key_and_200_for_a_prefix(node: Node, bucket: str) -> None:
     assert node.post("/delete", prefix=f"{bucket}/000").status == 404
     assert node.post("/delete", prefix=f"{bucket}/000", recursive="true").status == 200

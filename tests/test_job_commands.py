@@ -210,10 +210,10 @@ def test_each_failed_task_is_a_line(cluster: Cluster, bucket: str) -> None:
     _begin, *failed, end = result.err.splitlines()
     seconds = r"[0-9.]+ s"
     expected = [
-        rf"exit code 3 after {seconds}: first \| last words",
-        rf"signal 11 \(SEGV\) after {seconds}",
-        rf"killed after its time limit of 0.5 s after {seconds}",
-        rf"exit code 1 after {seconds}: a b\\x1b\[31m\ufffd",
+        rf"exit code 3 \({seconds}\): first \| last words",
+        rf"signal 11 \(SEGV\) \({seconds}\)",
+        rf"killed after its time limit of 0.5 s \({seconds}\)",
+        rf"exit code 1 \({seconds}\): a b\\x1b\[31m\ufffd",
     ]
     for i, (line, how) in enumerate(zip(failed, expected, strict=True)):
         key = re.escape(f"failed: {bucket}/in/00{i} on {cluster.nodes[i % 3]}: ")
@@ -226,7 +226,7 @@ def test_each_failed_task_is_a_line(cluster: Cluster, bucket: str) -> None:
 def test_a_failed_group_is_named_by_its_first_key(cluster: Cluster, bucket: str) -> None:
     cluster.put_all({f"{bucket}/in/{name}": b"" for name in ("1_a", "1_b", "1_c")})
     line = cluster.fails("map-from-n", f"{bucket}/in/", f"{bucket}/out/", "exit 2", code=1)
-    assert f"failed: {bucket}/in/1_a and 2 more on {cluster.nodes[1]}: exit code 2 after " in line
+    assert f"failed: {bucket}/in/1_a and 2 more on {cluster.nodes[1]}: exit code 2 (" in line
 
 
 # Options
@@ -514,7 +514,7 @@ def test_a_job_is_shown_by_node_with_its_failed_tasks(cluster: Cluster, bucket: 
         [str(cluster.nodes[1]), "failed", "2", "1", "1"],
         [str(cluster.nodes[2]), "done", "2", "2", "0"],
     ]
-    assert re.match(f"failed: {indir}004 on {cluster.nodes[1]}: exit code 3 after ", lines[15])
+    assert re.match(f"failed: {indir}004 on {cluster.nodes[1]}: exit code 3 \\(", lines[15])
     assert lines[16:] == ["    one", " " * 12 + "two"]
     shown = _json(cluster, "job", job)
     assert (shown["job"], shown["failed"], len(shown["nodes"]), len(shown["failures"])) == (job, 1, 3, 1)

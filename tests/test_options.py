@@ -106,10 +106,22 @@ def test_job_ids_are_short_and_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sizes_and_durations_are_short() -> None:
-    shown = [size(n) for n in (0, 999, 1000, 1234, 999_949, 999_950, 12_345_678, 5e18)]
-    assert shown == ["0 B", "999 B", "1.0 kB", "1.2 kB", "999.9 kB", "1.0 MB", "12.3 MB", "5000.0 PB"]
+    shown = [size(n) for n in (0, 999, 1000, 1234, 999_949, 999_950, 12_345_678, 5e18, 999.6)]
+    assert shown == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "1.2 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "12.3 MB",
+        "5000.0 PB",
+        "1.0 kB",
+    ]
     times = [duration(s) for s in (0, 0.0123, 1, 59.9, 60, 5400, 90_000)]
     assert times == ["0.000 s", "0.012 s", "1.0 s", "59.9 s", "1.0 min", "1.5 h", "1.0 d"]
+    times = [duration(s) for s in (0.9994, 0.9996, 59.96, 3596, 3599.9, 86_399)]
+    assert times == ["0.999 s", "1.0 s", "1.0 min", "59.9 min", "1.0 h", "1.0 d"]
 
 
 def test_text_of_others_is_one_harmless_line() -> None:
@@ -141,11 +153,11 @@ TASK = Task(
 
 
 def test_a_failed_task_is_one_line() -> None:
-    assert failure(TASK) == "s4://b/in/003 on h:1: exit code 3 after 0.012 s: one | \\x1b[31mtwo"
+    assert failure(TASK) == "s4://b/in/003 on h:1: exit code 3 (0.012 s): one | \\x1b[31mtwo"
     killed = replace(TASK, exit_code=137, signal=9, stderr="", attempt=2, inputs=3)
-    assert failure(killed) == "s4://b/in/003 and 2 more on h:1: signal 9 (KILL) after 0.012 s, attempt 2"
+    assert failure(killed) == "s4://b/in/003 and 2 more on h:1: signal 9 (KILL) (0.012 s, attempt 2)"
     late = replace(TASK, exit_code=None, signal=9, error="killed after its time limit of 5 s", stderr=None)
-    assert failure(late) == "s4://b/in/003 on h:1: killed after its time limit of 5 s after 0.012 s"
+    assert failure(late) == "s4://b/in/003 on h:1: killed after its time limit of 5 s (0.012 s)"
 
 
 def test_a_row_of_the_joblog_has_all_columns_whatever_happened() -> None:

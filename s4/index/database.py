@@ -126,11 +126,21 @@ class Database:
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()
 
+    def abandon(self) -> None:
+        """Close what this thread has of a damaged file, as it is."""
+        with self._write_lock:
+            self._closed = True
+            self._writer.close()
+            reader: sqlite3.Connection | None = getattr(self._local, "connection", None)
+            if reader is not None:
+                reader.close()
+
 
 def _explained(path: str, e: sqlite3.Error) -> S4Error:
-    if e.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+    name = getattr(e, "sqlite_errorname", "")  # errors of the Python module itself have none
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
-    if e.sqlite_errorname == "SQLITE_FULL":
+    if name == "SQLITE_FULL":
         return FullDiskError(f"the index {path}: {e}; s4 rm makes room")
     return S4Error(f"the index {path}: {e}")
 

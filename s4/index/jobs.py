@@ -18,7 +18,8 @@ STEP = 5000  # rows that one transaction changes at most; bounds how long other 
 
 RUNNING, DONE, FAILED, CANCELLED, INTERRUPTED = "running", "done", "failed", "cancelled", "interrupted"
 STOPPED = "the node stopped"  # the error of an interrupted share, and of its tasks that ran
-WAITING, SKIPPED = "waiting", "skipped"  # further states of tasks
+WAITING, SKIPPED = "waiting", "skipped"  # further states of tasks, which are never interrupted
+TASK_STATES = (WAITING, RUNNING, DONE, FAILED, CANCELLED, SKIPPED)
 
 
 @dataclass(frozen=True)
