@@ -162,9 +162,7 @@ class _Gatekeeper:
         resp.set_header(FINGERPRINT_HEADER, self._fingerprint)
         theirs = req.get_header(FINGERPRINT_HEADER)
         if theirs is not None and theirs != self._fingerprint:
-            raise WrongNodeError(
-                f"{self._server} belongs to another cluster: its conf has other servers or another order"
-            )
+            raise WrongNodeError(f"{self._server} has another conf: other servers, or in another order")
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, _resource: object, _succeeded: bool

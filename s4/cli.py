@@ -16,7 +16,7 @@ import io
 import os
 import sys
 
-from s4.config import CONF_ENVIRONMENT, DEFAULT_CONF, NO_CONF
+from s4.config import NO_CONF, NO_CONF_HINT
 from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, NodeError, S4Error
 from s4.lean import fire, inspect
 from s4.text import printable
@@ -140,7 +140,7 @@ def _run(words: Sequence[str]) -> int:
         return show(client, *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
     except NodeError as e:
         if client.conf_source == NO_CONF:
-            e.args = (f"{e}; there is no conf: {CONF_ENVIRONMENT} is not set, and no {DEFAULT_CONF}",)
+            e.args = (f"{e}; {NO_CONF_HINT}",)
         raise
 
 

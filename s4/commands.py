@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from s4.config import NO_CONF, NO_CONF_HINT
 from s4.errors import FAILED
 from s4.text import printable
 
@@ -51,6 +52,8 @@ def show_health(client: Any) -> int:
         print(f"{'unhealthy' if problem else 'healthy'}: {'' if problem else '  '}{server}")
         if problem:
             print(f"{server}: {printable(problem)}", file=sys.stderr)
+    if any(found.values()) and client.conf_source == NO_CONF:
+        print(NO_CONF_HINT, file=sys.stderr)
     return FAILED if any(found.values()) else 0
 
 

@@ -7,7 +7,11 @@ from s4.errors import ConfError
 CONF_ENVIRONMENT = "S4_CONF_PATH"
 DEFAULT_CONF = "~/.s4.conf"
 DEFAULT_SERVER = "127.0.0.1:8080"
-NO_CONF = "the built-in default"  # the source of the conf then
+NO_CONF = "the built-in default"  # Conf.source where there is no conf file
+NO_CONF_HINT = (
+    f"there is no conf: {CONF_ENVIRONMENT} is not set, and no {DEFAULT_CONF};"
+    " 's4-server local' starts a cluster to try"
+)
 
 MAX_TIMEOUT = 366 * 86400.0  # seconds
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
@@ -169,6 +173,6 @@ def timeout_setting() -> float:
         seconds = -1
     if not 0 < seconds <= MAX_TIMEOUT:
         raise ConfError(
-            f"{TIMEOUT_ENVIRONMENT}={text}: a number of seconds is needed, above 0, at most a year"
+            f"{TIMEOUT_ENVIRONMENT}={text}: a number of seconds is needed, above 0, at most 366 days"
         )
     return seconds

@@ -108,7 +108,7 @@ class Evals:
             if recorded:
                 self._record_failure(job, task, ticket, e)
             self._parts.storage.discard(job.id)
-            if isinstance(e, (TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
+            if isinstance(e, (MissingError, TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
                 e.args = (f"{url(task.input)}: {e}",)  # who raised it knows the command, but not its key
             raise
         return self._finished(job, task, ticket, ran)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from s4.errors import MissingError, NodeError
 from s4.leanjson import dumps, loads
-from s4.reaching import ask, reaching
+from s4.reaching import SILENCE_SECONDS, ask, reaching
 from s4.summary import PlanPart, Share, Task
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
@@ -43,7 +43,7 @@ def cancel(client: Client, server: str, job: str, run: int | None = None) -> Sha
 
 def shares(client: Client, server: str, **parameters: str) -> list[Share]:
     """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
-    answer = ask(client, server, "GET", "/jobs", parameters)
+    answer = ask(client, server, "GET", "/jobs", parameters, silence=2 * SILENCE_SECONDS)
     with reaching(server):
         found = read_json(server, answer)
         if not isinstance(found, list):

@@ -38,6 +38,7 @@ from s4.summary import (
     lost_part,
     merged,
     part_of,
+    state_of,
     summarize,
 )
 
@@ -81,7 +82,9 @@ class Request:
     def check(self) -> None:
         """Raises what a node would refuse, before anything is asked: MisuseError, BadRequestError."""
         if not 0 < self.timeout <= MAX_TIMEOUT:
-            raise MisuseError(f"--timeout {self.timeout:g}: it must be above 0 and at most a year of seconds")
+            raise MisuseError(
+                f"--timeout {self.timeout:g}: it must be above 0 and at most 366 days of seconds"
+            )
         if not 0 <= self.retries <= MAX_RETRIES:
             raise MisuseError(f"--retries {self.retries}: it must be from 0 to {MAX_RETRIES}")
         for folder in (self.indir, self.outdir):
@@ -118,8 +121,8 @@ class Found:
         )
 
     def summary(self) -> JobSummary:
-        """The job as it is now; a node that is down, or has no share although it should, is part of it. What
-        is done elsewhere has the state UNKNOWN then: it may be done there, too."""
+        """The job as it is now; a node that is down, or has no share although it should, is part of it. The
+        state is that of the others then, but UNKNOWN if they are done: it may be done there, too."""
         parts = []
         for server, share in self.shares.items():
             if share is not None:
@@ -130,8 +133,9 @@ class Found:
             else:
                 parts.append(lost_part(server, "it has no record of the job", None, MISSING))
         summary = summarize(self.share, parts)
-        if summary.unreachable and all(part.state in (DONE, LOST) for part in parts):
-            summary = replace(summary, state=UNKNOWN)
+        if summary.unreachable:
+            state = state_of(part.state for part in parts if part.state != LOST)
+            summary = replace(summary, state=UNKNOWN if state == DONE else state)
         return summary
 
 
@@ -184,7 +188,9 @@ def _check_no_twin(client: Client, request: Request) -> None:
     for shares in at_once(lambda server: jobcalls.shares(client, server, state=RUNNING), client.servers()):
         for share in shares:
             if request.is_twin(share):
-                raise OverlapError(f"job {share.id} is still running: {request.kind} of {request.indir}")
+                raise OverlapError(
+                    f"job {share.id} is still running: {request.kind} of {request.indir}; nothing was started"
+                )
 
 
 def _all_or_none(

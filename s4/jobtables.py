@@ -127,8 +127,8 @@ def joblog_row(task: Task, command: str) -> str:
         task.input,
         task.state,
         task.attempt,
-        f"{task.cpu_seconds or 0:.3f}",
-        task.peak_memory or 0,
+        "" if task.cpu_seconds is None else f"{task.cpu_seconds:.3f}",
+        "" if task.peak_memory is None else task.peak_memory,
         task.bytes_in or 0,
         task.bytes_out or 0,
     )

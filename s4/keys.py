@@ -35,7 +35,7 @@ def parse_key(text: str) -> str:
         raise BadKeyError(text, "it is empty; a key is s4://BUCKET/NAME")
     segments = path.split("/")
     if not segments[-1]:
-        raise BadKeyError(text, "it ends in '/', but a key is needed")
+        raise BadKeyError(text, "it ends in '/', as folders do; a key is needed, or -r where there is one")
     if len(segments) < 2:
         raise BadKeyError(text, "it names a bucket only; a key is s4://BUCKET/NAME")
     _check_segments(text, segments)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import falcon
 
+from s4.config import MAX_TIMEOUT
 from s4.errors import BadRequestError
 from s4.keys import new_job_id
 
@@ -55,10 +56,10 @@ def positive_seconds(name: str, given: object, default: float) -> float:
     """The positive number of seconds that is given for `name`, `default` for None."""
     try:
         seconds = default if given is None else float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise BadRequestError(f"{name}={given!r}: a positive number of seconds is needed")
+    if isinstance(given, bool) or not 0 < seconds <= MAX_TIMEOUT:
+        raise BadRequestError(f"{name} must be a positive number of seconds, at most 366 days")
     return seconds
 
 

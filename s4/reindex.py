@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from s4.config import Conf
-from s4.errors import BadKeyError, DamagedIndexError, S4Error
+from s4.errors import BadKeyError, ConflictError, DamagedIndexError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, KeyRow, Records
 from s4.keys import owner, parse_key
 from s4.recovery import recover
@@ -49,7 +49,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
                 _record(keys, *under_way.pop(0), counts)
                 progress.show(counts["files"])
         for chunk in keys.list_keys(""):
-            gone = [row.path for row in chunk if not os.path.isfile(os.path.join(storage.root, row.path))]
+            gone = [row.path for row in chunk if not _has_file(storage, row.path)]
             counts["dropped"] += len(gone)
             keys.forget(gone)
         progress.end()
@@ -110,6 +110,19 @@ def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, 
             continue
         changed.append(KeyRow(path, size, checksum, changed_s))
     keys.restore(changed)
+
+
+def _has_file(storage: Storage, path: str) -> bool:
+    """Whether a key has a file, readable or not; it is told if that is one of elsewhere, by a link."""
+    if not os.path.isfile(os.path.join(storage.root, path)):
+        return False
+    with contextlib.suppress(S4Error):  # it cannot be read
+        try:
+            storage.real_path(path)
+        except ConflictError as e:
+            print(f"dropped: {e}", file=sys.stderr)
+            return False
+    return True
 
 
 class _Progress:

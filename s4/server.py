@@ -233,6 +233,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     stopping.wake = server.pull_trigger
     while not stopping.asked:
         wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)
+    log.info("%s: stopping", stopping.asked)
     _stop(node, server, sockets)
 
 
@@ -281,13 +282,13 @@ class _Stopping:
     """Notes SIGTERM and Ctrl-C. An exception could be lost wherever the signal happens to arrive."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = ""  # the name of the signal
         self.wake: Callable[[], None] = lambda: None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def _note(self, _number: int, _frame: object) -> None:
-        self.asked = True
+    def _note(self, number: int, _frame: object) -> None:
+        self.asked = signal.Signals(number).name
         self.wake()
 
 

@@ -150,8 +150,9 @@ class Transfers:
         seen: set[str] = set()
         conflicts = self._keys.conflicts([(path, task) for path, _size, task in entries], job)
         for (path, _size, _task), conflict in zip(entries, conflicts, strict=True):
-            twice = ConflictError(f"{url(path)} is there twice") if path in seen else None
-            refused.append(twice or conflict)
+            if path in seen:
+                conflict = ConflictError(f"{url(path)} is there twice, as if two inputs had the same NAME")
+            refused.append(conflict)
             seen.add(path)
         wanted = [entry for entry, error in zip(entries, refused, strict=True) if error is None]
         if not wanted:

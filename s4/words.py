@@ -96,7 +96,7 @@ class Usage:
                 plain = True
             elif not self._take_option(word, rest, line):
                 if not self._is_text(len(line.positionals), word):
-                    raise self._unknown(word)
+                    raise self._unknown(word, line.positionals)
                 line.positionals.append(word)
         return line
 
@@ -132,9 +132,19 @@ class Usage:
         needs_space = _ANY_TEXT.get(self.places[place].name) if place < len(self.places) else None
         return needs_space is False or (needs_space is True and any(map(str.isspace, word)))
 
-    def _unknown(self, word: str) -> MisuseError:
+    def _unknown(self, word: str, positionals: Sequence[str]) -> MisuseError:
         where = f"s4 {self.command} has no option" if self.command else "unknown option"
-        return MisuseError(f"{where} {word!r}; write -- before arguments that start with '-'")
+        if len(positionals) >= len(self.places) and self._text_last:
+            hint = self._text_last
+        else:
+            hint = "write -- before arguments that start with '-'"
+        return MisuseError(f"{where} {word!r}; {hint}")
+
+    @property
+    def _text_last(self) -> str:
+        """What to say of too many words where the last argument is a text of several; empty if it is none."""
+        last = self.places[-1].name if self.places else ""
+        return f"put quotes around all of {last.upper()}" if last in _ANY_TEXT else ""
 
     def check_count(self, positionals: Sequence[str]) -> None:
         """Raises MisuseError if there are too few or too many arguments."""
@@ -143,12 +153,12 @@ class Usage:
             return
         for place, word in zip(self.places, positionals, strict=False):
             if place.name in _ANY_TEXT and word.startswith("--"):
-                raise self._unknown(word)  # rather that than a command of this name with more behind it
+                raise self._unknown(word, ())  # rather that than a command of this name with more behind it
         shown = " ".join(p.name.upper() if p in needed else f"[{p.name.upper()}]" for p in self.places)
         options = {(): "", ("--recursive",): "[-r] "}.get(tuple(self.options), "[OPTION…] ")
-        raise MisuseError(
-            f"{len(positionals)} arguments, but the usage is: s4 {self.command} {options}{shown}"
-        )
+        count = f"{len(positionals)} argument{'s' if len(positionals) != 1 else ''}"
+        hint = f"; {self._text_last}" if self._text_last and len(positionals) > len(self.places) else ""
+        raise MisuseError(f"{count}, but the usage is: s4 {self.command} {options}{shown}{hint}")
 
     def values(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The options with their values as the parameters take them. Raises MisuseError."""

@@ -12,6 +12,7 @@ from cluster import HOST, SERVER, Cluster, free_port
 from procs import eventually
 
 from s4 import Client
+from s4.config import NO_CONF_HINT
 
 BAD_CONFS = {
     "no port": ("host:1\nhost\n", ", line 2"),
@@ -99,7 +100,9 @@ def test_without_a_conf_it_is_the_one_node_of_the_default(cluster: Cluster, fold
     env = {"HOME": str(folder), "S4_CONF_PATH": ""}
     assert cluster.s4("servers", env=env).lines == ["127.0.0.1:8080"]
     line = cluster.fails("ls", env={**env, "S4_TIMEOUT": "1"}, code=1, says="127.0.0.1:8080")
-    assert line.endswith("; there is no conf: S4_CONF_PATH is not set, and no ~/.s4.conf")
+    assert line.endswith(f"; {NO_CONF_HINT}")
+    health = cluster.run("health", env=env)
+    assert health.code == 1 and health.err.splitlines()[-1] == NO_CONF_HINT
     (folder / ".s4.conf").write_text("mine:1\n")
     assert cluster.s4("servers", env=env).lines == ["mine:1"]
 

@@ -193,6 +193,29 @@ def test_commands_do_not_see_what_earlier_ones_set(cluster: Cluster, key: str) -
         assert values == ["none", "none", "0"] and folder != "/"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "declare t=5; trap 'echo t=$t' EXIT; echo body",
+        "return 3",
+        "echo ${FUNCNAME-none} $#; f() { echo ${FUNCNAME[*]} $1; }; f x",
+        "echo $((1/0))",
+        "sleep 1.1; echo $SECONDS",
+        "local x=1",
+        "exit 3",
+        "set -- a b; echo $#; false; echo not this",
+    ],
+)
+def test_a_command_is_read_as_by_bash_itself(cluster: Cluster, key: str, command: str) -> None:
+    wanted = subprocess.run(["bash", "-c", f"set -euo pipefail; {command}"], capture_output=True, check=False)
+    for _ in range(2):  # the second may come to a bash that has run one before
+        result = cluster.run("eval", key, command)
+        assert (result.code, result.out) == (wanted.returncode, wanted.stdout)
+        assert result.err.replace("bash: line 1:", "bash:") == wanted.stderr.decode().replace(
+            "bash: line 1:", "bash:"
+        )
+
+
 def test_the_lines_of_a_command_count_from_one(cluster: Cluster, key: str) -> None:
     assert cluster.s4("eval", key, "echo $LINENO\n\necho $LINENO").lines == ["1", "3"]
     for command, says in {

@@ -142,6 +142,14 @@ def test_recursive_that_is_neither_true_nor_false_is_400(node: Node, bucket: str
     assert len(node.listing(f"{bucket}/")) == 1
 
 
+@pytest.mark.parametrize("seconds", ["true", "0", "-1", '"x"', "1e400", "1e9", "1" + "0" * 400, "[]"])
+def test_a_time_limit_that_is_no_number_of_seconds_is_400(node: Node, bucket: str, seconds: str) -> None:
+    body = f'{{"cmd": "cat", "indir": "{bucket}/in/", "outdir": "{bucket}/out/", "timeout": {seconds}}}'
+    answer = node.post("/map", body=body.encode())
+    wanted = "timeout must be a positive number of seconds, at most 366 days"
+    assert (answer.status, answer.text) == (400, wanted)
+
+
 def test_a_job_or_state_that_there_cannot_be_is_400(node: Node) -> None:
     empty = node.post("/cancel", job="")
     assert (empty.status, empty.text) == (400, "bad job id '': letters, digits and '-', at most 64")

@@ -426,7 +426,10 @@ def test_a_job_does_not_overlap_with_its_twin(
 ) -> None:
     twin = ["map", indir, f"{bucket}/slow/", "sleep 60; cat", "--no-overlap"]
     result = cluster.s4(*twin)
-    assert (result.out, result.err) == (b"", f"job {running} is still running: map of {indir}\n")
+    assert (result.out, result.err) == (
+        b"",
+        f"job {running} is still running: map of {indir}; nothing was started\n",
+    )
     quiet = cluster.s4(*twin, "--quiet")
     assert (quiet.out, quiet.err) == (b"", "")
     assert _json(cluster, *twin)["state"] == "overlap"

@@ -127,11 +127,12 @@ def test_a_task_says_how_it_failed(cluster: Cluster, bucket: str) -> None:
         name: (task["state"], task["exit_code"], task["signal"], task["error"], task["stderr"])
         for name, task in found.items()
     }
+    names = "No such file or directory; a map-to-n prints the names of the files that it made"
     assert shown == {
         "exit": ("failed", 7, None, "exit code 7", "last words\n"),
         "killed": ("failed", 128 + 11, 11, "exit code 139 (SIGSEGV)", None),
         "slow": ("failed", None, 9, "killed after its time limit of 1 s", "begun\n"),
-        "liar": ("failed", 0, None, "it printed 'nothing-there': No such file or directory", None),
+        "liar": ("failed", 0, None, f"it printed 'nothing-there': {names}", None),
         "fine": ("done", 0, None, None, "fine\n"),
     }
     assert 1 <= found["slow"]["seconds"] < 5

@@ -22,7 +22,15 @@ from reference import checksum_of
 
 from s4 import outbox
 from s4.config import Conf, Server
-from s4.errors import CancelledError, S4Error, StoppingError, TimeLimitError, TransferError, WorkerDiedError
+from s4.errors import (
+    CancelledError,
+    MissingError,
+    S4Error,
+    StoppingError,
+    TimeLimitError,
+    TransferError,
+    WorkerDiedError,
+)
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Command, Push, Ran, Receive, Received, Send, StoredFile
 
@@ -50,11 +58,12 @@ class Bench:
         time_limit: float | None = None,
         on_done: Callable[[Ticket], None] | None = None,
         urgent: bool = False,
+        stdin: str = os.devnull,
     ) -> Ticket:
         self.made += 1
         name = f"t{self.made}"
         task = Command(
-            line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", os.devnull
+            line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", stdin
         )
         return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, urgent))
 
@@ -131,6 +140,35 @@ def test_a_command_gets_its_exit_code_and_its_outputs(bench: Bench) -> None:
     assert answer.stderr is not None and Path(answer.stderr.file).read_bytes() == b"oops\n"
     assert answer.outputs[0].checksum == checksum_of(b"a\0b")
     assert list((bench.folder / "dirs").iterdir()) == []
+
+
+@in_a_process_alone
+def test_a_command_whose_input_is_gone_or_cannot_be_opened_is_not_run(bench: Bench) -> None:
+    for _ in range(COMPUTE_SLOTS):
+        assert bench.run("echo before").exitcode == 0
+    place = bench.folder / "socket"
+    with pytest.raises(MissingError, match="its input is gone"):
+        bench.command("echo not this", stdin=str(place)).result(30)
+    with socket.socket(socket.AF_UNIX) as cannot_be_opened:
+        cannot_be_opened.bind(str(place))
+        for _ in range(COMPUTE_SLOTS):
+            answer = ran(bench.command("echo not this", stdin=str(place)))
+            assert (answer.exitcode, output(answer)) == (1, b"") and b"No such device" in answer.tail
+    for _ in range(COMPUTE_SLOTS):
+        assert output(bench.run("cat; echo after")) == b"after\n"
+
+
+def test_where_the_kernel_has_no_batch_scheduling_commands_run_all_the_same() -> None:
+    script = """if True:
+        import errno, os
+        from s4.workers import shell
+        def refuse(*arguments):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        setattr(os, {name!r}, refuse)
+        shell._prepare_for_commands()
+        """
+    for name in ("sched_getscheduler", "sched_setscheduler"):
+        subprocess.run([sys.executable, "-c", script.format(name=name)], check=True, timeout=30)
 
 
 @in_a_process_alone

@@ -392,6 +392,26 @@ def test_reindex_names_files_that_are_no_keys_of_this_node_and_leaves_them(
     assert node.rows("select path from keys") == [("b/002",)]
 
 
+def test_reindex_drops_keys_whose_files_are_links_now(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    for name in ("link", "stays", "behind/a", "folder"):
+        node.put(f"s4://b/{name}", b"x")
+    node.terminate()
+    bucket = node.data / "b"
+    (bucket / "behind").rename(node.folder / "elsewhere")
+    (bucket / "behind").symlink_to(node.folder / "elsewhere")
+    (bucket / "link").unlink()
+    (bucket / "link").symlink_to(bucket / "stays")
+    (bucket / "folder").unlink()
+    (bucket / "folder").mkdir()
+    code, out, err = _reindex(node)
+    assert (code, out) == (0, "1 files, 0 added, 0 corrected, 3 dropped, 0 left alone\n")
+    told = [line.split(": ")[:2] for line in sorted(err.splitlines())]
+    assert told == [["dropped", "s4://b/behind/a"], ["dropped", "s4://b/link"]]
+    assert node.rows("select path from keys") == [("b/stays",)]
+
+
 def test_reindex_of_a_folder_that_is_not_there_is_refused(alone: Cluster) -> None:
     (node,) = alone.nodes
     code, out, err = _reindex(

@@ -24,6 +24,10 @@ keep=
 cleanup() {
     local status=$?
     trap '' INT TERM HUP # a second Ctrl-C must not leave half of it
+    case $status in
+        0 | 129 | 130 | 143) ;;
+        *) tail -n 20 "$work"/cluster/*.log >&2 || true ;;
+    esac
     if [ -z "$keep" ]; then
         stop_cluster || true
         rm -rf "$work"

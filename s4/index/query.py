@@ -41,7 +41,7 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
         yield [column[0] for column in cursor.description]
         for count, row in enumerate(cursor):
             if count == limit:
-                raise BadRequestError(f"more than {limit} rows: narrow the query, or raise the limit")
+                raise BadRequestError(f"more than {limit} rows: narrow the query, or raise --limit")
             yield row
     except sqlite3.OperationalError as e:
         if time.monotonic() > deadline:
@@ -54,7 +54,10 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
 
 
 def _refusal(error: Exception) -> str:
-    return f"SQL: {'only reading is allowed' if 'authoriz' in str(error) else error}"
+    if "authoriz" in str(error):
+        return "SQL: only reading is allowed"
+    hint = "; s4 sql --schema says what there is" if str(error).startswith("no such") else ""
+    return f"SQL: {error}{hint}"
 
 
 def _authorize(action: int, *_details: object) -> int:

@@ -1,10 +1,11 @@
 """Running one command of a job: its folder, its input, its bash, and its outputs."""
 
 import contextlib
+import errno
 import os
 import stat
 
-from s4.errors import S4Error
+from s4.errors import MissingError, S4Error
 from s4.keys import owner, parse_key
 from s4.storage import remove_tree
 from s4.streams import checksum_of
@@ -35,6 +36,8 @@ class Commands:
                 stdin = scratch.stdin
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
+            elif not os.path.exists(stdin):  # removed while the task waited
+                raise MissingError(f"its input is gone: {os.strerror(errno.ENOENT)}")
             exitcode, usage = self._shell.run(
                 task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
             )
@@ -127,7 +130,7 @@ def _named_files(listing: str, folder: str, target: str) -> tuple[dict[str, str]
         try:
             mode = os.stat(path).st_mode
         except OSError as e:
-            return {}, f"{said}: {e.strerror}"
+            return {}, f"{said}: {e.strerror}; a map-to-n prints the names of the files that it made"
         if not stat.S_ISREG(mode):
             return {}, f"{said}, which is not a file"
         if name in found:

@@ -21,34 +21,36 @@ from s4.errors import S4Error
 from s4.workers import processes
 
 # Stderr is appended to, so that a command's own `>> /dev/stderr` does not write over what was said before.
-# The first line is where bash begins to count the lines of a command: from 1, as with `bash -c`.
-_LOOP = r"""s4_run() { unset -f s4_run; eval -- "$s4_command"; }
-set -m
+# All in one line, for a command is read where `eval` stands: its own lines count from 1, as with `bash -c`.
+# Where the fields of a command cannot be read, those of the one before must not be there any more.
+_LOOP = r"""
+set -m;
 while read -r; do
-    s4_job=()  # that of the command before must not run again
-    mapfile -d '' -t s4_job <"$1"
+    s4_job=();
+    mapfile -d '' -t s4_job <"$1";
     (
-        exec 2>>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit
-        cd -- "${s4_job[0]}" || exit
-        export "${s4_job[@]:5}"
-        s4_command=${s4_job[4]}
-        unset s4_job
-        set --
-        set +m
+        exec 2>>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit;
+        cd -- "${s4_job[0]}" || exit;
+        export "${s4_job[@]:5}";
+        s4_command=${s4_job[4]};
+        unset s4_job;
+        set --;
+        set +m;
         if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)\  ]]; then
-            set -- $s4_command
-            hash -- "$1" 2>/dev/null && [[ ${BASH_CMDS[$1]-} ]] && exec -- "$@"
-            set --
-        fi
-        set -euo pipefail
-        s4_run
+            set -- $s4_command;
+            hash -- "$1" 2>/dev/null && [[ ${BASH_CMDS[$1]-} ]] && exec -- "$@";
+            set --;
+        fi;
+        SECONDS=0;
+        set -euo pipefail;
+        eval -- "$s4_command"
     ) &
-    wait $!
-    s4_status=$?
-    kill -KILL -- -$!
-    echo "$s4_status"
+    wait $!;
+    s4_status=$?;
+    kill -KILL -- -$!;
+    echo "$s4_status";
 done 2>/dev/null
-"""
+""".replace("\n", " ")
 _TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in /proc, a second
 # How often memory is looked at: after half of the time that the command has run. A look costs 0.1 to 0.3 ms,
 # and many commands may run at once.
@@ -179,9 +181,9 @@ class Shell:
 def _prepare_for_commands() -> None:
     """Set what commands inherit from their bash, in the process that becomes it."""
     # Two programs joined by a pipe interrupt each other for every 4 KB otherwise, a tenth of the time of
-    # `… | sort | …` (sched(7)). An administrator's choice stays, and a sandbox may refuse.
-    if os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(PermissionError):
+    # `… | sort | …` (sched(7)). An administrator's choice stays; a sandbox may refuse, or know no such call.
+    with contextlib.suppress(OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # Python ignores SIGPIPE, and bash could not undo that for `… | head`.
     for number in (signal.SIGPIPE, signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
