@@ -43,7 +43,7 @@ def cancel(client: Client, server: str, job: str, run: int | None = None) -> Sha
 
 def shares(client: Client, server: str, **parameters: str) -> list[Share]:
     """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
-    answer = ask(client, server, "GET", "/jobs", parameters, silence=2 * SILENCE_SECONDS)
+    answer = ask(client, server, "GET", "/jobs", parameters, silence=SILENCE_SECONDS)
     with reaching(server):
         found = read_json(server, answer)
         if not isinstance(found, list):

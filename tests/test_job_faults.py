@@ -217,6 +217,30 @@ def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
     assert len(three.keys("s4://b/out/")) == 60
 
 
+def test_jobs_and_job_agree_while_a_node_is_down_or_silent(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 30)
+    three.s4("map", "s4://b/in/", "s4://b/done/", "cat")
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.3; cat")
+    eventually(lambda: _running_on(three.nodes[2], "sleep\x000.3"), 20)
+    three.nodes[2].kill()
+    assert client.wait(60) == 3
+
+    def states() -> dict[str, str]:
+        listed = three.run("jobs", "--json", timeout=60)
+        assert listed.code == 3 and str(three.nodes[2]) in listed.err
+        return {job["job"]: job["state"] for job in json.loads(listed.out)}
+
+    down = states()
+    assert list(down.values()) == ["cancelled", "unknown"]
+    assert {job: json.loads(three.run("job", job, "--json").out)["state"] for job in down} == down
+    three.nodes[2].start()
+    os.kill(three.nodes[2].pid, signal.SIGSTOP)
+    try:
+        assert states() == down
+    finally:
+        os.kill(three.nodes[2].pid, signal.SIGCONT)
+
+
 def test_a_node_stopped_by_sigterm_leaves_its_share_interrupted(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     job = three.s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.5; cat", "--detach", "--keep-going").lines[0]
