@@ -46,6 +46,7 @@ from s4.job_api import (
     TaskList,
     TaskStatus,
 )
+from s4.keys import SCHEME
 from s4.node import Node
 from s4.parameters import (
     checked_command,
@@ -196,12 +197,11 @@ class List:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
-        prefix = given.get("prefix", "").removeprefix("s4://")
+        prefix = given.get("prefix", "").removeprefix(SCHEME)
         recursive = flag(given, "recursive")
         chunks = self._node.list(prefix, recursive=recursive)
         if recursive:
-            cut = prefix.find("/") + 1 if prefix else 0
-            cut = cut or (len(prefix) + 1 if prefix else 0)
+            cut = len(prefix.partition("/")[0]) + 1 if prefix else 0
         else:
             cut = prefix.rfind("/") + 1
         resp.content_type = falcon.MEDIA_JSON
@@ -242,7 +242,7 @@ def _json_rows(chunks: Iterator[list[ListRow]], cut: int) -> Iterator[bytes]:
 
 
 class Delete:
-    """POST /delete?prefix=&recursive=: removes one key (404 if it is missing) or all that start so."""
+    """POST /delete?prefix=&recursive=: removes one key (404 if it is missing) or all that start with it."""
 
     def __init__(self, node: Node) -> None:
         self._node = node

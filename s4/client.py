@@ -10,7 +10,7 @@ from s4.asking import GRACE_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
 from s4.errors import BadRequestError, NodeError, S4Error
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
-from s4.keys import new_job_id, owner, parse_key, parse_prefix, url
+from s4.keys import new_job_id, owner, parse_key, parse_prefix, url, with_scheme
 
 # What only some commands need is imported where it is used: threading takes 1 ms. What only annotations need
 # is not imported at all: typing takes 3.
@@ -96,12 +96,12 @@ class Client:
             recursive: every key that starts with the prefix; none is fine.
         """
         if recursive:
-            path = parse_prefix(_with_scheme(prefix))
+            path = parse_prefix(with_scheme(prefix))
             if not path:
                 raise BadRequestError("rm -r needs at least a bucket: s4://BUCKET/")
             servers = self.servers()
         else:
-            path = parse_key(_with_scheme(prefix))
+            path = parse_key(with_scheme(prefix))
             servers = [self.server_of(path)]
         parameters = {"prefix": url(path), "recursive": "true" if recursive else "false"}
 
@@ -124,7 +124,7 @@ class Client:
         """
         from s4.results import Evaluation
 
-        path = parse_key(_with_scheme(key))
+        path = parse_key(with_scheme(key))
         try:
             command = os.fsencode(cmd)
         except UnicodeEncodeError:
@@ -471,9 +471,3 @@ class Client:
     def caller(self, server: str, timeout: float | None = None) -> Caller:
         """A new connection to a server."""
         return Caller(server, self._conf.fingerprint, self._timeout if timeout is None else timeout)
-
-
-def _with_scheme(text: str) -> str:
-    if not text.startswith("s4://"):
-        raise BadRequestError(f"{text!r} is not an s4 path: write s4://BUCKET/…")
-    return text

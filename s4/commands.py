@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_cp(client: Any, *words: str, **options: Any) -> int:
-    """Nothing is said of a success."""
+    """Print nothing on success."""
     client.cp(*words, **options)
     return 0
 
@@ -34,7 +34,7 @@ def show_ls(client: Any, *words: str, **options: Any) -> int:
 
 
 def show_rm(client: Any, *words: str, **options: Any) -> int:
-    """Nothing is said of a success."""
+    """Print nothing on success."""
     client.rm(*words, **options)
     return 0
 

@@ -56,7 +56,7 @@ class Conf:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two confs if and only if they place every key alike: same servers, same order."""
+        """Equal for two confs that name the same servers, spelled alike, in the same order."""
         from s4.keys import name_hash
 
         return format(name_hash("\n".join(map(str, self.servers))), "016x")
@@ -91,7 +91,7 @@ def read_conf(path: str | None = None) -> Conf:
         except ValueError as e:
             raise ConfError(f"conf file {source}, line {number}: {e}") from None
         if server in servers:
-            raise ConfError(f"conf file {source}, line {number}: {server} is there twice")
+            raise ConfError(f"conf file {source}, line {number}: {server} is listed twice")
         servers.append(server)
     if not servers:
         raise ConfError(f"conf file {source} is empty: write one host:port a line")

@@ -94,6 +94,13 @@ class NodeError(S4Error):
         self.server = server
 
 
+class NonsenseError(NodeError):
+    """What a node answered is not what was asked for."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(server, "its answer makes no sense")
+
+
 class UnreachableError(NodeError):
     """A node that a job, or a question about one, needs cannot be reached."""
 

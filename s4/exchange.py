@@ -10,7 +10,7 @@ import _socket  # for the reason in dial.py
 import os
 from collections.abc import Callable, Sequence
 
-from s4.errors import BadRequestError, ConflictError, MissingError, NodeError, S4Error, TransferError
+from s4.errors import BadRequestError, ConflictError, MissingError, NonsenseError, S4Error, TransferError
 from s4.http import Caller
 from s4.keys import url
 from s4.leanjson import dumps, loads
@@ -113,7 +113,7 @@ def put_batch(
     try:
         uuid, port = str(answer["uuid"]), _port(caller, answer["port"])
     except KeyError:
-        raise _nonsense(caller) from None
+        raise NonsenseError(caller.server) from None
     checksums: list[str] = []
     broken: TransferError | None = None
     try:
@@ -141,7 +141,7 @@ def get_batch(
 ) -> list[S4Error | None]:
     """Fetch keys as one batch. `receive(incoming, i, size, checksum)` takes exactly the bytes of key i.
 
-    Returns per key None or why the node has it not. Raises S4Error when the batch as a whole failed.
+    Returns per key None or why the node does not have it. Raises S4Error when the batch as a whole failed.
     """
     body = dumps([url(path) for path in paths])
     answer = _object(caller, caller.call("POST", "/prepare_gets", body=body))
@@ -154,7 +154,7 @@ def get_batch(
         expected = [(int(size), str(checksum)) for size, checksum in answer["files"]]
         pairs = list(zip(wanted, expected, strict=True))
     except (KeyError, TypeError, ValueError):
-        raise _nonsense(caller) from None
+        raise NonsenseError(caller.server) from None
     with caller.transfer(port) as sock:
         incoming = Incoming(sock)
         for i, (size, checksum) in pairs:
@@ -166,7 +166,7 @@ def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
     try:
         uuid, port = answer.decode().split()
     except ValueError:
-        raise _nonsense(caller) from None
+        raise NonsenseError(caller.server) from None
     return uuid, _port(caller, port)
 
 
@@ -176,7 +176,7 @@ def _port(caller: Caller, text: object) -> int:
     except ValueError:
         port = 0
     if not 0 < port < 65536:
-        raise _nonsense(caller)
+        raise NonsenseError(caller.server)
     return port
 
 
@@ -186,7 +186,7 @@ def _object(caller: Caller, answer: bytes) -> "dict[str, Any]":
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise _nonsense(caller)
+        raise NonsenseError(caller.server)
     return found
 
 
@@ -199,9 +199,5 @@ def _refusals(caller: Caller, answer: "dict[str, Any]", count: int) -> list[S4Er
     except (KeyError, TypeError, IndexError):
         found = []
     if len(found) != count:
-        raise _nonsense(caller)
+        raise NonsenseError(caller.server)
     return found
-
-
-def _nonsense(caller: Caller) -> NodeError:
-    return NodeError(caller.server, "its answer makes no sense")

@@ -309,7 +309,7 @@ def _shown_task(task: dict[str, Any]) -> dict[str, Any]:
 def _kind(body: dict[str, Any]) -> str:
     kind = body.get("kind")
     if kind == EVAL:
-        raise BadRequestError("an eval cannot be run again, its output went to its caller: use s4 eval")
+        raise BadRequestError("an eval cannot be retried, its output went to its caller: run s4 eval again")
     if kind not in (MAP, MAP_TO_N, MAP_FROM_N):
         raise BadRequestError(f'"kind" must be {MAP}, {MAP_TO_N} or {MAP_FROM_N}')
     return str(kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s4.errors import MissingError, NodeError
+from s4.errors import MissingError, NonsenseError
 from s4.leanjson import dumps, loads
 from s4.reaching import SILENCE_SECONDS, ask, reaching
 from s4.summary import PlanPart, Share, Task
@@ -23,7 +23,7 @@ def read_json(server: str, answer: bytes) -> Any:
     try:
         return loads(answer)
     except ValueError:
-        raise NodeError(server, "its answer makes no sense") from None
+        raise NonsenseError(server) from None
 
 
 def submit(client: Client, server: str, path: str, request: dict[str, Any]) -> Share:
@@ -47,7 +47,7 @@ def shares(client: Client, server: str, **parameters: str) -> list[Share]:
     with reaching(server):
         found = read_json(server, answer)
         if not isinstance(found, list):
-            raise NodeError(server, "its answer makes no sense")
+            raise NonsenseError(server)
         return [Share.read(server, value) for value in found]
 
 

@@ -20,7 +20,7 @@ from s4.errors import (
     UnreachableError,
 )
 from s4.following import Follower, Watch
-from s4.keys import check_job_folders, new_job_id
+from s4.keys import check_job_folders, new_job_id, with_scheme
 from s4.reaching import check_all_reachable, down, each
 from s4.record import asdict, record, replace
 from s4.report import ending, failure_lines
@@ -88,8 +88,7 @@ class Request:
         if not 0 <= self.retries <= MAX_RETRIES:
             raise MisuseError(f"--retries {self.retries}: it must be from 0 to {MAX_RETRIES}")
         for folder in (self.indir, self.outdir):
-            if not folder.startswith("s4://"):
-                raise BadRequestError(f"{folder!r} is not an s4 path: write s4://BUCKET/…")
+            with_scheme(folder)
         check_job_folders(self.indir, self.outdir)
 
     def is_twin(self, share: Share) -> bool:

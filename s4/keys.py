@@ -28,6 +28,13 @@ def url(path: str) -> str:
     return SCHEME + path
 
 
+def with_scheme(text: str) -> str:
+    """The text, which begins with s4://. Raises BadRequestError if it does not."""
+    if not text.startswith(SCHEME):
+        raise BadRequestError(f"{text!r} is not an s4 path: write {SCHEME}BUCKET/…")
+    return text
+
+
 def parse_key(text: str) -> str:
     """The path of a key, `s4://` optional. Raises BadKeyError with the rule that the key breaks."""
     path = _checked_path(text)

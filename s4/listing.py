@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from s4.errors import NodeError
+from s4.errors import NonsenseError
 from s4.http import Caller, Response
 from s4.leanjson import loads
 from s4.results import Entry
@@ -23,7 +23,7 @@ def rows(caller: Caller, response: Response) -> Iterator[list[Entry]]:
         try:
             yield [Entry(date, time, size, path) for date, time, size, path in found]
         except (ValueError, TypeError):
-            raise _nonsense(caller) from None
+            raise NonsenseError(caller.server) from None
 
 
 def json_rows(caller: Caller, response: Response) -> "Iterator[list[Any]]":
@@ -31,7 +31,7 @@ def json_rows(caller: Caller, response: Response) -> "Iterator[list[Any]]":
     with caller.reading():
         opening, tail = response.read(1), b""
     if opening != b"[":
-        raise _nonsense(caller)
+        raise NonsenseError(caller.server)
     while True:
         with caller.reading():
             block = response.read(_READ_BYTES)
@@ -41,7 +41,7 @@ def json_rows(caller: Caller, response: Response) -> "Iterator[list[Any]]":
         if whole:
             yield _parse(caller, whole)
     if not tail.endswith(b"]"):
-        raise _nonsense(caller)
+        raise NonsenseError(caller.server)
     yield _parse(caller, tail[:-1])
 
 
@@ -51,11 +51,7 @@ def _parse(caller: Caller, lines: bytes) -> "list[Any]":
         found: list[Any] = loads(b"[" + lines.strip(b",\n") + b"]")
         return found
     except ValueError:
-        raise _nonsense(caller) from None
-
-
-def _nonsense(caller: Caller) -> NodeError:
-    return NodeError(caller.server, "its listing makes no sense")
+        raise NonsenseError(caller.server) from None
 
 
 def merge(streams: list[Iterator[list[Entry]]]) -> Iterator[list[Entry]]:

@@ -27,8 +27,9 @@ def run_local(nodes: int, folder: str) -> int:
     folder = os.path.abspath(folder)
     conf = os.path.join(folder, "s4.conf")
     ports = _ports(nodes, folder, conf)
-    for port in filter(_healthy, ports):
-        raise S4Error(f"{folder} is in use: a node answers on 127.0.0.1:{port}; stop that s4-server first")
+    taken = next(filter(_healthy, ports), None)
+    if taken is not None:
+        raise S4Error(f"{folder} is in use: a node answers on 127.0.0.1:{taken}; stop that s4-server first")
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopping.append(received))

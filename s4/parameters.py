@@ -1,6 +1,6 @@
 """What requests carry, checked: query parameters and JSON bodies; and answers in JSON.
 
-All that is not as it should be is a BadRequestError that says what is needed.
+What is not as it should be raises BadRequestError, which says what is needed.
 """
 
 import itertools

@@ -4,17 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from s4.asking import GRACE_SECONDS, at_once
-from s4.errors import BadRequestError, MissingError, NodeError, S4Error, UnreachableError, rebuilt
+from s4.errors import (
+    BadRequestError,
+    MissingError,
+    NodeError,
+    NonsenseError,
+    S4Error,
+    UnreachableError,
+    rebuilt,
+)
 from s4.jobcalls import read_json
 from s4.jobcontrol import check_limit
-from s4.keys import parse_key, url
+from s4.keys import parse_key, url, with_scheme
 from s4.reaching import ask, down, reaching
 from s4.record import record
 
 if TYPE_CHECKING:
     from s4.client import Client
 
-MAX_ROWS = 100_000
 NODE_COLUMN = "node"
 
 Value = None | int | float | str | bytes
@@ -44,9 +51,7 @@ class KeyInfo:
 
 def stat(client: "Client", key: str) -> KeyInfo:
     """What the owner of a key knows of it, and what the node that ran its task knows of that."""
-    if not key.startswith("s4://"):
-        raise BadRequestError(f"{key!r} is not an s4 path: write s4://BUCKET/…")
-    path = parse_key(key)
+    path = parse_key(with_scheme(key))
     found = _object(client, client.server_of(path), "/stat", {"key": url(path)})
     info = _key_info(client.server_of(path), found)
     if info.job is None or info.task is None:
@@ -68,7 +73,7 @@ def _object(client: "Client", server: str, path: str, parameters: Mapping[str, s
     with reaching(server):
         found = read_json(server, answer)
         if not isinstance(found, dict):
-            raise NodeError(server, "its answer makes no sense")
+            raise NonsenseError(server)
         return found
 
 
@@ -76,7 +81,7 @@ def _key_info(server: str, found: Mapping[str, Any]) -> KeyInfo:
     try:
         return KeyInfo(**{name: found[name] for name in KeyInfo.__annotations__ if name in found})
     except TypeError:
-        raise UnreachableError(server, "its answer makes no sense") from None
+        raise NonsenseError(server) from None
 
 
 @record
@@ -87,7 +92,7 @@ class Result:
     rows: Sequence[Sequence[Value]]
 
 
-def sql(client: "Client", query: str, limit: int = MAX_ROWS) -> Result:
+def sql(client: "Client", query: str, limit: int) -> Result:
     """Run a query on all indexes. Raises S4Error, which names the node, also for too many rows."""
     check_limit(limit)
     try:

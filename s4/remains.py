@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from s4.config import Conf
-from s4.errors import NodeError, StoppingError
+from s4.errors import NodeError, NonsenseError, StoppingError
 from s4.http import Caller
 from s4.index import KeyIndex
 from s4.keys import url
@@ -51,7 +51,7 @@ class Remains:
         try:
             return [Maker(folder, job, task) for folder, job, task in json.loads(answer)]
         except (ValueError, TypeError):
-            raise NodeError(str(self._conf.servers[position]), "its answer makes no sense") from None
+            raise NonsenseError(str(self._conf.servers[position])) from None
 
     def remove(self, makers: Sequence[Maker], unlink: Callable[[Sequence[str]], None]) -> None:
         """Remove what these tasks made, on all nodes; `unlink` as in KeyIndex.remove. Raises S4Error."""

@@ -30,7 +30,7 @@ from s4.config import (
     read_conf,
     timeout_setting,
 )
-from s4.errors import FAILED, MISUSE, S4Error, StoppingError
+from s4.errors import FAILED, INTERRUPTED, MISUSE, S4Error, StoppingError
 
 if TYPE_CHECKING:
     from s4.node import Node
@@ -134,7 +134,7 @@ def main() -> None:
         print(f"fatal: {e}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

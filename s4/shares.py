@@ -33,11 +33,12 @@ from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.remains import Maker
 from s4.storage import Storage
+from s4.text import one_line
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
-RECORD_SECONDS = 0.25  # how late the record may say that a task runs
+RECORD_SECONDS = 0.25  # how far the record may lag behind tasks that run
 PROGRESS_SECONDS = 1.0  # and how far the share is
 READ_TASKS = 500  # waiting tasks read from the index at once
 TAIL_CHARACTERS = 2000
@@ -496,7 +497,8 @@ class Share:
         if self.failure is None:
             kind = ConflictError if isinstance(error, ConflictError) else CommandError
             where = f"{url(attempt.task.input)} on {self._parts.server}"
-            self.failure = kind(f"{where}: {change.error}{one_line(change.stderr)}")
+            said = one_line(change.stderr.decode("utf-8", "replace"), TAIL_CHARACTERS)
+            self.failure = kind(f"{where}: {change.error}{': ' if said else ''}{said}")
 
     def _record(self) -> None:
         """Write down, now and then, what is not yet recorded."""
@@ -545,11 +547,3 @@ def signal_of(exitcode: int) -> int | None:
     """The signal that an exit code of bash stands for."""
     number = exitcode - 128
     return number if number in _SIGNALS else None
-
-
-def one_line(stderr: bytes) -> str:
-    """The end of a command's stderr, to follow a message: its lines joined, empty if there are none."""
-    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    text = " | ".join(lines)[-TAIL_CHARACTERS:]
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return f": {printable}" if printable else ""

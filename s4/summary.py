@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from s4.errors import NodeError
+from s4.errors import NonsenseError
 from s4.record import record, replace
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
@@ -28,7 +28,7 @@ class _Answer:
         try:
             given = {name: value[name] for name in cls.__annotations__ if name != "node"}
         except (TypeError, KeyError, IndexError):
-            raise NodeError(node, "its answer makes no sense") from None
+            raise NonsenseError(node) from None
         return cls(**{"node": node, **given})
 
 

@@ -1,7 +1,7 @@
 """Puts and gets as a node sees them: prepare, bytes in a worker, confirm.
 
-A transfer is kept until it is confirmed, and its outcome a little longer, so that a caller who lost the
-answer can ask again. What is never confirmed expires.
+A transfer is kept until it is confirmed, and the outcome of a put a little longer, so that a caller who lost
+the answer can confirm again. What is never confirmed expires.
 """
 
 import contextlib
@@ -97,6 +97,11 @@ class _Transfer:
     confirmed_by_caller: bool = True
     listener: socket.socket | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_put(self) -> bool:
+        """Whether it is a put, not a get."""
+        return bool(self.files)
 
     def __str__(self) -> str:
         count = len(self.paths)
@@ -327,7 +332,7 @@ class Transfers:
 
     def _find(self, name: str, *, put: bool) -> _Transfer:
         transfer = self._transfers.get(name)
-        if transfer is None or bool(transfer.files) != put:
+        if transfer is None or transfer.is_put != put:
             raise MissingError(f"no such transfer: {name}; it ended or expired, start again")
         return transfer
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cluster import S4
 
+from s4 import server
+
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "s4"
 CLIENT_SIDE = [
@@ -204,11 +206,14 @@ def test_every_command_is_in_the_table_of_the_readme(command: str) -> None:
     assert [column for column in first_columns if re.search(rf"`{command}(?![-\w])", column)]
 
 
-@pytest.mark.parametrize(
-    "option", ["port", "conf", "data", "max-io-jobs", "max-cpu-jobs", "keep-jobs", "keep-days"]
-)
+@pytest.mark.parametrize("option", [setting.name for setting in server._PLACE + server._LIMITS])
 def test_every_option_of_the_server_is_in_the_readme(option: str) -> None:
     assert re.search(rf"^\|.* `--{option}\b", (TOP / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", [setting.name for setting in server._LOCAL])
+def test_every_option_of_local_is_in_the_readme(option: str) -> None:
+    assert re.search(rf"`s4-server local .*--{option} ", (TOP / "README.md").read_text())
 
 
 def test_every_error_says_what_it_means() -> None:

@@ -97,8 +97,8 @@ class Database:
             raise _explained(self.path, e) from e
 
     def keep_reserve(self) -> None:
-        """Hold some disk space back, unless that is done or there is none: with it, removals work on a full
-        disk."""
+        """Reserve some disk space, unless that is done or there is none left: letting go of it makes removals
+        work on a full disk."""
         if not os.path.exists(self._reserve):
             try:
                 with open(self._reserve, "wb") as f:

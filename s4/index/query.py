@@ -1,4 +1,4 @@
-"""SQL of users over the index: it can only read, whatever it says, for a short time, and so many rows."""
+"""SQL of users over the index: read-only whatever it says, and limited in time and rows."""
 
 import sqlite3
 import time

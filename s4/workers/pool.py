@@ -68,7 +68,7 @@ class Ticket:
         self.urgent = urgent
         self.group = group
         self.pid: int | None = None
-        self.stderr = b""  # the last that a command said whose worker died or was killed
+        self.stderr = b""  # the end of what a command wrote whose worker died or was killed
         self.started_s = 0.0  # seconds since 1970
         self.began_s = 0.0  # monotonic, like the next
         self.done_s = 0.0
@@ -149,7 +149,7 @@ class Pool:
         self._lock = threading.Lock()
         self._stopping = False
         self._retires_at = time.monotonic() + IDLE_SECONDS
-        self._spawns_at = 0.0  # monotonic: not before it may another worker be started
+        self._spawns_at = 0.0  # monotonic: no worker is started before
         self._wakes_at = 0.0  # monotonic: when the loop looks at the deadlines again
         self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
         self._selector = selectors.DefaultSelector()

@@ -30,7 +30,10 @@ class Scratch:
         self.arriving = os.path.join(self.root, "arriving")  # a key that is received, until it is moved away
 
     def renew(self) -> None:
-        """Have the folder as the next task needs it, whatever a command has done to it. Raises OSError."""
+        """Bring the folder into the state that the next task needs, whatever a command has done to it.
+
+        Raises OSError.
+        """
         try:
             if not is_own_folder(os.lstat(self.root)):
                 remove_tree(self.root)

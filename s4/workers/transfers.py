@@ -104,4 +104,4 @@ def _accept(fd: int, peer: str) -> socket.socket:
                 set_idle_limit(sock)
                 return sock
             sock.close()
-    raise S4Error(f"too many strangers connected instead of {peer}")
+    raise S4Error(f"too many connections from other addresses than {peer}")
