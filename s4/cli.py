@@ -214,9 +214,11 @@ def _fire(name: str, command: Callable[..., None], argv: list[str]) -> None:
 def _show_help(text: str) -> None:
     import re
 
-    # What Fire says of flags for positionals is not so here, and its separator is no part of a command.
+    # What Fire says of flags for positionals is not so here, its separator is no part of a command, and of an
+    # optional positional there is one at most. All are text.
     text = text.partition("\n\nNOTES\n")[0].replace(" -\n\nDESC", "\n\nDESC").removesuffix(" -")
-    print(re.sub(_OPTION, _as_typed, text))
+    text = re.sub(_OPTION, _as_typed, text.replace("]...", "]"))
+    print(re.sub(r"(?m)^ +Type: .*\n", "", text))
 
 
 # Fire's `-k, --keep_going=KEEP_GOING`, its type and its default, each in a line.

@@ -93,7 +93,7 @@ class Client:
 
         Args:
             prefix: s4://BUCKET/KEY, or with -r any beginning of keys.
-            recursive: every key that starts with the prefix; none is fine.
+            recursive: every key that starts with the prefix; no match is no error.
         """
         if recursive:
             path = parse_prefix(with_scheme(prefix))
@@ -261,7 +261,7 @@ class Client:
     ) -> "JobSummary":
         """Run a bash command for each group of keys with the same prefix of NAME: the merge.
 
-        Its stdin are the paths of the group's files, one a line; stdout becomes OUTDIR + the prefix.
+        Its stdin lists the paths of the group's files, one a line; stdout becomes OUTDIR + the prefix.
 
         Raises JobError if a task fails.
 
@@ -423,7 +423,10 @@ class Client:
         return schema(self)
 
     def health(self) -> dict[str, str | None]:
-        """Ask every server whether it is healthy: None, or what is wrong with it."""
+        """Ask every server whether it is healthy.
+
+        Returns for each server None, or what is wrong with it.
+        """
         import threading
         import time
 
