@@ -136,7 +136,7 @@ def own_position(conf: Conf, port: int | None) -> int:
     ]
     which = f" with port {port}" if port is not None else ""
     if not local:
-        raise ConfError(f"{conf.source}: no line{which} is an address of this machine")
+        raise ConfError(f"{conf.source}: no line{which} is an address of this machine: add one")
     if len(local) > 1:
         names = ", ".join(str(conf.servers[i]) for i in local)
         hint = "choose one with --port" if port is None else "name each server once"

@@ -211,5 +211,6 @@ def check_job_folders(indir: str, outdir: str) -> tuple[str, str, str]:
             and all(_segment_matcher(want)(have) for want, have in zip(wanted, below, strict=False))
         )
         if could_match:
-            raise BadRequestError(f"OUTDIR {outdir} is inside INDIR {indir}: choose another folder")
+            how = "could hold keys that match" if pattern else "is inside"
+            raise BadRequestError(f"OUTDIR {outdir} {how} INDIR {indir}: choose another folder")
     return folder, pattern, target

@@ -125,8 +125,8 @@ _TASK_COLUMNS = (
     "task, input, inputs, state, attempt, pid, started_s, seconds, cpu_seconds, peak_memory,"
     " bytes_in, bytes_out, exit_code, signal, error"
 )
-_UNFINISHED = (WAITING, RUNNING)
-_AGAIN = (FAILED, CANCELLED, RUNNING)
+_UNFINISHED = "state IN ('waiting', 'running')"
+_AGAIN = "state IN ('failed', 'cancelled', 'running')"
 
 
 class JobIndex:
@@ -162,9 +162,7 @@ class JobIndex:
         share = self.share(job_id)
         if not share.listed:
             self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
-        self._in_steps(
-            f"UPDATE tasks SET state = 'waiting' WHERE job = ? AND task > ? AND state IN {_AGAIN}", job_id
-        )
+        self._in_steps(f"UPDATE tasks SET state = 'waiting' WHERE job = ? AND task > ? AND {_AGAIN}", job_id)
         with self._db.write() as db:
             db.execute(
                 "UPDATE jobs SET run = ?, state = 'running', started_s = ?, finished_s = NULL, error = NULL"
@@ -252,7 +250,7 @@ class JobIndex:
         """A share ended, now or at `finished_s`; tasks that never began are cancelled."""
         if state != DONE:
             self._in_steps(
-                f"UPDATE tasks SET state = 'cancelled' WHERE job = ? AND task > ? AND state IN {_UNFINISHED}",
+                f"UPDATE tasks SET state = 'cancelled' WHERE job = ? AND task > ? AND {_UNFINISHED}",
                 job_id,
             )
         with self._db.write() as db:
