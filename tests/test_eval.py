@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,6 @@ def test_commands_do_not_see_what_earlier_ones_set(cluster: Cluster, key: str) -
         "return 3",
         "echo ${FUNCNAME-none} $#; f() { echo ${FUNCNAME[*]} $1; }; f x",
         "echo $((1/0))",
-        "sleep 1.1; echo $SECONDS",
         "local x=1",
         "exit 3",
         "set -- a b; echo $#; false; echo not this",
@@ -214,6 +214,13 @@ def test_a_command_is_read_as_by_bash_itself(cluster: Cluster, key: str, command
         assert result.err.replace("bash: line 1:", "bash:") == wanted.stderr.decode().replace(
             "bash: line 1:", "bash:"
         )
+
+
+def test_seconds_count_from_the_start_of_the_command(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    cluster.put("s4://b/000")
+    cluster.s4("eval", "s4://b/000", "sleep 3")  # so old is the bash of that worker by then
+    assert int(cluster.s4("eval", "s4://b/000", "echo $SECONDS").out) < 3
 
 
 def test_the_lines_of_a_command_count_from_one(cluster: Cluster, key: str) -> None:
