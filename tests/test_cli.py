@@ -1,5 +1,6 @@
 """The command line: every argument as typed, help, exit codes, one line for an error, quiet ends."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -210,6 +211,28 @@ def test_misuse_is_exit_2_and_changes_nothing(cluster: Cluster, folder: Path, ar
         assert result.fatal
     else:
         assert "cp" in result.err  # the usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["map", "s4://b/in/", "s4://b/out/", "wc", "-l"],
+            "'-l'; see s4 map --help, or put quotes around all of CMD",
+        ),
+        (
+            ["map", "s4://b/in/", "s4://b/out/", "cut", "x"],
+            "4 arguments, but .* CMD; put quotes around all of CMD",
+        ),
+        (["eval", "s4://b/k", "wc", "-l"], "put quotes around all of CMD"),
+        (["sql", "select", "1"], "put quotes around all of QUERY"),
+        (["cp", "-x", "a", "s4://b/k"], "'-x'; write -- before arguments that start with '-'"),
+        (["map", "s4://b/in/"], "1 argument, but the usage is: s4 map [^;]*$"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_misuse_says_what_to_do(cluster: Cluster, arguments: list[str], says: str) -> None:
+    assert re.search(says, cluster.fails(*arguments, code=2))
 
 
 def test_errors_have_a_traceback_only_when_asked_for(cluster: Cluster) -> None:
