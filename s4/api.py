@@ -26,7 +26,7 @@ from s4.errors import (
     WorkerDiedError,
     WrongNodeError,
 )
-from s4.evals import Evaluation
+from s4.evals import EvalOutput
 from s4.exchange import MAX_BATCH_KEYS
 from s4.http import EXITCODE_HEADER, FINGERPRINT_HEADER, STDERR_SIZE_HEADER
 from s4.index.keys import ListRow
@@ -429,10 +429,10 @@ class Eval:
             resp.stream = _blocks((done.stdout, done.stdout_size))
         else:
             resp.content_type = falcon.MEDIA_JSON
-            resp.data = _failed_evaluation(done)
+            resp.data = _failed_eval(done)
 
 
-def _failed_evaluation(done: Evaluation) -> bytes:
+def _failed_eval(done: EvalOutput) -> bytes:
     texts = []
     for fd, size in ((done.stdout, done.stdout_size), (done.stderr, done.stderr_size)):
         os.lseek(fd, max(0, size - MAX_JSON_OUTPUT), os.SEEK_SET)

@@ -32,7 +32,7 @@ log = logging.getLogger("s4.job")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalOutput:
     """How an eval ended. `stdout` and `stderr` are descriptors of unnamed files; the receiver closes them."""
 
     exitcode: int
@@ -53,7 +53,7 @@ class Evals:
 
     def run(
         self, path: str, job_id: str, command: str, timeout: float, abandoned: Callable[[], bool]
-    ) -> Evaluation:
+    ) -> EvalOutput:
         """Run a command with the data of the key `path` as its input, for at most `timeout` seconds.
 
         `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
@@ -93,7 +93,7 @@ class Evals:
         )
         return Ticket(Kind.COMPUTE, command, time_limit=job.timeout, urgent=True)
 
-    def _run(self, job: JobRow, task: NewTask, ticket: Ticket, abandoned: Callable[[], bool]) -> Evaluation:
+    def _run(self, job: JobRow, task: NewTask, ticket: Ticket, abandoned: Callable[[], bool]) -> EvalOutput:
         recorded = False
         try:
             self._parts.pool.submit(ticket)
@@ -156,7 +156,7 @@ class Evals:
                 return
             del self._unrecorded[0]
 
-    def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> Evaluation:
+    def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> EvalOutput:
         stdout, stderr = ran.outputs[0], ran.stderr
         assert stderr is not None
         with contextlib.ExitStack() as unlinked:
@@ -179,7 +179,7 @@ class Evals:
                 ran.tail,
             )
             self._end(job, change, state, error)
-            return Evaluation(
+            return EvalOutput(
                 ran.exitcode,
                 os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC),
                 stdout.size,

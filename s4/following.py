@@ -19,7 +19,7 @@ from s4.summary import (
     RUNNING,
     JobSummary,
     Part,
-    Share,
+    ShareStatus,
     Task,
     lost_part,
     part_of,
@@ -63,8 +63,8 @@ class Follower:
     def __init__(
         self,
         client: Client,
-        share: Share,
-        known: Mapping[str, Share | None],
+        share: ShareStatus,
+        known: Mapping[str, ShareStatus | None],
         watch: Watch,
         began: float | None,
     ) -> None:
@@ -157,10 +157,10 @@ class Follower:
                 if time.monotonic() < asked + POLL_SECONDS and node in self._open():
                     time.sleep(PAUSE_SECONDS)
 
-    def _ask(self, caller: Caller) -> Share:
+    def _ask(self, caller: Caller) -> ShareStatus:
         parameters = {"job": self._share.id, "wait": repr(POLL_SECONDS)}
         answer = caller.call("GET", "/job", parameters, silence=SILENCE_SECONDS)
-        return Share.read(caller.server, read_json(caller.server, answer))
+        return ShareStatus.read(caller.server, read_json(caller.server, answer))
 
     def _summary(self) -> JobSummary:
         parts = []

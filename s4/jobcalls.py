@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from s4.errors import MissingError, NonsenseError
 from s4.leanjson import dumps, loads
 from s4.reaching import SILENCE_SECONDS, ask, reaching
-from s4.summary import PlanPart, Share, Task
+from s4.summary import PlanPart, ShareStatus, Task
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ def read_json(server: str, answer: bytes) -> Any:
         raise NonsenseError(server) from None
 
 
-def submit(client: Client, server: str, path: str, request: dict[str, Any]) -> Share:
+def submit(client: Client, server: str, path: str, request: dict[str, Any]) -> ShareStatus:
     """Start a node's share; returns it as it is then."""
     body = dumps(request)
     return _share(server, ask(client, server, "POST", path, None, body))
 
 
-def cancel(client: Client, server: str, job: str, run: int | None = None) -> Share | None:
+def cancel(client: Client, server: str, job: str, run: int | None = None) -> ShareStatus | None:
     """End a node's share and all that it runs; None if it has none, and then it never will."""
     parameters = {"job": job} | ({} if run is None else {"run": str(run)})
     try:
@@ -41,14 +41,14 @@ def cancel(client: Client, server: str, job: str, run: int | None = None) -> Sha
         return None
 
 
-def shares(client: Client, server: str, **parameters: str) -> list[Share]:
+def shares(client: Client, server: str, **parameters: str) -> list[ShareStatus]:
     """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
     answer = ask(client, server, "GET", "/jobs", parameters, silence=SILENCE_SECONDS)
     with reaching(server):
         found = read_json(server, answer)
         if not isinstance(found, list):
             raise NonsenseError(server)
-        return [Share.read(server, value) for value in found]
+        return [ShareStatus.read(server, value) for value in found]
 
 
 def plan(client: Client, server: str, request: dict[str, Any]) -> PlanPart:
@@ -75,6 +75,6 @@ def tasks_of(
                 yield Task.read(server, row)
 
 
-def _share(server: str, answer: bytes) -> Share:
+def _share(server: str, answer: bytes) -> ShareStatus:
     with reaching(server):
-        return Share.read(server, read_json(server, answer))
+        return ShareStatus.read(server, read_json(server, answer))

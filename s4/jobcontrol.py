@@ -33,7 +33,7 @@ from s4.summary import (
     UNKNOWN,
     JobSummary,
     PlanPart,
-    Share,
+    ShareStatus,
     Task,
     lost_part,
     merged,
@@ -91,7 +91,7 @@ class Request:
             with_scheme(folder)
         check_job_folders(self.indir, self.outdir)
 
-    def is_twin(self, share: Share) -> bool:
+    def is_twin(self, share: ShareStatus) -> bool:
         """Whether a share belongs to a job that does the same work."""
         return (self.kind, self.indir, self.outdir, self.cmd) == (
             share.kind,
@@ -109,11 +109,11 @@ class Found:
     """
 
     job: str
-    shares: dict[str, Share | None]
+    shares: dict[str, ShareStatus | None]
     down: dict[str, UnreachableError]
 
     @property
-    def share(self) -> Share:
+    def share(self) -> ShareStatus:
         """Any share of it, of the newest run."""
         return max(
             (share for share in self.shares.values() if share is not None), key=lambda share: share.run
@@ -170,12 +170,12 @@ def _prepare(client: Client, request: Request) -> None:
         _check_no_twin(client, request)
 
 
-def _submit(client: Client, request: Request, job: str) -> dict[str, Share]:
+def _submit(client: Client, request: Request, job: str) -> dict[str, ShareStatus]:
     """Start a job on all nodes or on none."""
     body = {**asdict(request), "job": job, "detach": True}
     path = "/" + body.pop("kind").replace("-", "_")
 
-    def post(server: str) -> Share:
+    def post(server: str) -> ShareStatus:
         return jobcalls.submit(client, server, path, body)
 
     # Of two that submit the same at once, the first server lets one through.
@@ -193,10 +193,10 @@ def _check_no_twin(client: Client, request: Request) -> None:
 
 
 def _all_or_none(
-    client: Client, job: str, run: int | None, post: Callable[[str], Share], rounds: Sequence[list[str]]
-) -> dict[str, Share]:
+    client: Client, job: str, run: int | None, post: Callable[[str], ShareStatus], rounds: Sequence[list[str]]
+) -> dict[str, ShareStatus]:
     """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised."""
-    shares: dict[str, Share] = {}
+    shares: dict[str, ShareStatus] = {}
     for servers in rounds:
         answers = at_once(post, servers, on_failure=lambda: _cancel_everywhere(client, job, run))
         shares |= zip(servers, answers, strict=True)
@@ -241,7 +241,7 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> list[S4Erro
 
 
 def _follow(
-    client: Client, shares: Mapping[str, Share | None], watch: Watch, began: float | None = None
+    client: Client, shares: Mapping[str, ShareStatus | None], watch: Watch, began: float | None = None
 ) -> JobSummary:
     newest = max((share for share in shares.values() if share is not None), key=lambda share: share.run)
     return Follower(client, newest, shares, watch, began).wait()
@@ -316,7 +316,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
     }
     with _Cancelling(client, found.job, watch, again):
 
-        def post(server: str) -> Share:
+        def post(server: str) -> ShareStatus:
             return jobcalls.submit(client, server, "/retry", spec)
 
         shares = _all_or_none(client, found.job, again, post, [list(found.shares)])
@@ -335,7 +335,7 @@ def find(client: Client, prefix: str) -> Found:
     parameters = {"prefix": prefix, "limit": str(CANDIDATES + 1)}
     answers = each(lambda server: jobcalls.shares(client, server, **parameters), client.servers())
     unreachable = {node: answer for node, answer in answers.items() if isinstance(answer, UnreachableError)}
-    by_id: dict[str, dict[str, Share]] = {}
+    by_id: dict[str, dict[str, ShareStatus]] = {}
     for server, shares in answers.items():
         for share in shares if isinstance(shares, list) else []:
             by_id.setdefault(share.id, {})[server] = share

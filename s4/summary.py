@@ -33,7 +33,7 @@ class _Answer:
 
 
 @record
-class Share(_Answer):
+class ShareStatus(_Answer):
     """A node's part of a job, as the node tells it.
 
     `tasks` is None until the inputs are listed. Times are seconds since 1970, bytes those of ended tasks.
@@ -183,7 +183,7 @@ def state_of(states: Iterable[str]) -> str:
     return INTERRUPTED if MISSING in found else DONE
 
 
-def part_of(share: Share) -> Part:
+def part_of(share: ShareStatus) -> Part:
     """A share as a summary shows it. What a node lost when it stopped counts as lost, not as cancelled."""
     lost: int | None = 0
     if share.state == INTERRUPTED:
@@ -207,7 +207,7 @@ def part_of(share: Share) -> Part:
     )
 
 
-def lost_part(node: str, reason: str, last: Share | None, state: str = LOST) -> Part:
+def lost_part(node: str, reason: str, last: ShareStatus | None, state: str = LOST) -> Part:
     """The part of a node that is down, with what it told last, or that does not know the job."""
     if last is None:
         return Part(node, state, None, lost=None, error=reason)
@@ -227,11 +227,11 @@ def lost_part(node: str, reason: str, last: Share | None, state: str = LOST) -> 
     )
 
 
-def _unfinished(share: Share) -> int | None:
+def _unfinished(share: ShareStatus) -> int | None:
     return None if share.tasks is None else share.tasks - share.done - share.skipped - share.failed
 
 
-def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None) -> JobSummary:
+def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None = None) -> JobSummary:
     """The summary of a job; `share` is any share of it. Without `seconds`, they are those of its newest run
     by the clocks of the nodes, until now if it runs."""
     started = [part.started_s for part in parts if part.started_s is not None]
@@ -265,10 +265,10 @@ def summarize(share: Share, parts: Sequence[Part], seconds: float | None = None)
     )
 
 
-def merged(shares: Iterable[Share], *, complete: bool) -> list[JobSummary]:
+def merged(shares: Iterable[ShareStatus], *, complete: bool) -> list[JobSummary]:
     """Jobs from the shares of several nodes, the newest first; `complete` if no node is missing. Otherwise
     what looks done may not be so there."""
-    by_id: dict[str, list[Share]] = {}
+    by_id: dict[str, list[ShareStatus]] = {}
     for share in shares:
         by_id.setdefault(share.id, []).append(share)
     summaries = []

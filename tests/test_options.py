@@ -12,7 +12,17 @@ from s4.queries import Result
 from s4.record import asdict, replace
 from s4.report import failure, failure_lines
 from s4.rowformats import FORMATS
-from s4.summary import JobSummary, PlanPart, Share, Task, lost_part, merged, part_of, state_of, summarize
+from s4.summary import (
+    JobSummary,
+    PlanPart,
+    ShareStatus,
+    Task,
+    lost_part,
+    merged,
+    part_of,
+    state_of,
+    summarize,
+)
 from s4.text import duration, one_line, printable, size, table
 from s4.words import Usage, command_of
 
@@ -181,7 +191,7 @@ def test_a_record_is_made_changed_and_compared_by_its_fields() -> None:
         replace(TASK, colour="red")  # type: ignore[call-arg]
 
 
-SHARE = Share(
+SHARE = ShareStatus(
     node="h:1",
     id="1abc",
     run=1,
@@ -209,7 +219,7 @@ SHARE = Share(
 )
 
 
-def _summary(*shares: Share) -> JobSummary:
+def _summary(*shares: ShareStatus) -> JobSummary:
     return summarize(shares[0], [part_of(share) for share in shares])
 
 
