@@ -21,7 +21,7 @@ from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, STOPPED
 from s4.inputs import EVAL
 from s4.keys import name_of, url
 from s4.shares import Parts, exit_text, signal_of
-from s4.transfers import Gate, wait_for_slot
+from s4.waiting import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Ran
 

@@ -19,7 +19,8 @@ from s4.keys import owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
 from s4.shares import Parts
 from s4.storage import Storage
-from s4.transfers import Gate, Transfers
+from s4.transfers import Transfers
+from s4.waiting import Gate
 from s4.workers import Kind, Pool
 
 WAITING_TRANSFERS = 32  # requests that may wait for a slot at once, or for bytes to arrive

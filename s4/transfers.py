@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ from s4.exchange import MAX_BATCH_KEYS
 from s4.index import KeyIndex, NewKey, Records, Transaction
 from s4.keys import url
 from s4.storage import Storage
+from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Receive, Received, Send, StoredFile
 
-SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
@@ -53,23 +53,6 @@ class Finished(NamedTuple):
 
 # Writes more into the transaction that makes keys of files; the second argument is the outcome for each.
 Also = Callable[[Transaction, Sequence[S4Error | None]], None]
-
-
-class Gate:
-    """Bounds how many requests wait at once, so that some threads are always free to answer."""
-
-    def __init__(self, places: int) -> None:
-        self._places = threading.Semaphore(places)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A place to wait in. Raises BusyError at once if there is none."""
-        if not self._places.acquire(blocking=False):
-            raise BusyError("too many requests are waiting here; try again later")
-        try:
-            yield
-        finally:
-            self._places.release()
 
 
 @dataclass(frozen=True)
@@ -403,11 +386,3 @@ class Transfers:
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def wait_for_slot(pool: Pool, ticket: Ticket) -> None:
-    """Wait until a submitted ticket runs. Raises BusyError, with the ticket cancelled, if it takes long."""
-    if not ticket.wait_started(SLOT_SECONDS):
-        busy = BusyError("all slots are taken; try again later")
-        pool.cancel(ticket, busy)
-        raise busy
