@@ -91,15 +91,17 @@ class Evals:
             [],
             environment,
         )
-        return Ticket(Kind.COMPUTE, command, time_limit=job.timeout, urgent=True)
+        return Ticket(Kind.COMPUTE, command, time_limit=job.timeout)
 
     def _run(self, job: JobRow, task: NewTask, ticket: Ticket, abandoned: Callable[[], bool]) -> EvalOutput:
         recorded = False
         try:
             self._parts.pool.submit(ticket)
             wait_for_slot(self._parts.pool, ticket)  # who is turned away here comes again with the same id
-            self._begin(job, task)
+            self._parts.jobs.begin(job)
             recorded = True
+            self._parts.jobs.add_tasks(job.id, [task])
+            self._parts.jobs.listed(job.id, Counts(tasks=1))
             ran = self._wait(ticket, abandoned)
         except BaseException as e:
             self._parts.pool.cancel(ticket, S4Error("the eval failed"))
@@ -117,11 +119,6 @@ class Evals:
         with contextlib.suppress(MissingError):
             self._parts.jobs.share(job_id)
             raise ConflictError(f"job {job_id} ran already")
-
-    def _begin(self, job: JobRow, task: NewTask) -> None:
-        self._parts.jobs.begin(job)
-        self._parts.jobs.add_tasks(job.id, [task])
-        self._parts.jobs.listed(job.id, Counts(tasks=1))
 
     def _record_failure(self, job: JobRow, task: NewTask, ticket: Ticket, error: BaseException) -> None:
         state, shown = FAILED, str(error)
@@ -149,12 +146,9 @@ class Evals:
 
     def keep_house(self) -> None:
         """Record ends that could not be recorded, as on a full disk."""
-        while self._unrecorded:
-            try:
-                self._record_end(*self._unrecorded[0])
-            except S4Error:
-                return
-            del self._unrecorded[0]
+        pending, self._unrecorded = self._unrecorded, []
+        for end in pending:
+            self._end(*end)
 
     def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> EvalOutput:
         stdout, stderr = ran.outputs[0], ran.stderr

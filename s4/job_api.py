@@ -118,7 +118,7 @@ class JobStatus:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
         wait = positive_seconds("wait", given["wait"], 0) if "wait" in given else 0
-        answer_json(resp, _shown(self._node.await_job(needed(given, "job"), wait)))
+        answer_json(resp, _shown(self._node.await_job(checked_job_id(needed(given, "job")), wait)))
 
 
 class JobList:
@@ -145,7 +145,8 @@ class TaskStatus:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
-        job_id, number = needed(given, "job"), whole_number(given | {"task": needed(given, "task")}, "task")
+        job_id = checked_job_id(needed(given, "job"))
+        number = whole_number(given | {"task": needed(given, "task")}, "task")
         job = self._node.job_index.share(job_id).job
         task = _shown_task(self._node.job_index.task(job_id, number))
         answer_json(resp, task | {"command": job.command, "kind": job.kind})
@@ -163,7 +164,7 @@ class TaskList:
         for state in states:
             if state not in TASK_STATES:
                 raise BadRequestError(f"state={state!r}: it must be one of {', '.join(TASK_STATES)}")
-        chunks = self._node.jobs.tasks(needed(given, "job"), states, stderr=flag(given, "stderr"))
+        chunks = self._node.tasks(checked_job_id(needed(given, "job")), states, stderr=flag(given, "stderr"))
         resp.content_type = falcon.MEDIA_JSON
         resp.stream = json_lines([json.dumps(_shown_task(task)) for task in chunk] for chunk in chunks)
 

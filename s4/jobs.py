@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from s4.errors import (
@@ -85,7 +85,13 @@ class Jobs:
         run, _when = self._cancelled.get(share.job.id, (0, 0.0))
         if run >= share.job.run:
             share.cancel(CancelledError(f"job {share.job.id} was cancelled"))
-        share.start(self._ended)
+        try:
+            share.start(self._ended)
+        except RuntimeError as e:  # the system gives no further thread
+            del self._running[share.job.id]
+            error = f"job {share.job.id} cannot be started on {self._parts.server}: {e}"
+            self._parts.jobs.end(share.job.id, FAILED, error)
+            raise S4Error(error) from e
         return share
 
     def retry(self, job: JobRow) -> Share | ShareRow:
@@ -192,7 +198,7 @@ class Jobs:
             "disk_total": disk.f_blocks * disk.f_frsize,
         }
 
-    def tasks(self, job_id: str, states: list[str], *, stderr: bool) -> Iterator[list[dict[str, Any]]]:
+    def tasks(self, job_id: str, states: Sequence[str], *, stderr: bool) -> Iterator[list[dict[str, Any]]]:
         """The tasks of a share, in chunks. Raises MissingError."""
         self._parts.jobs.share(job_id)
         return self._parts.jobs.tasks(job_id, states, stderr=stderr)

@@ -6,7 +6,7 @@ Every key that it is asked for must be its own by placement, so that a caller wi
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from s4.config import Conf
 from s4.errors import BadRequestError, BusyError, WrongNodeError
@@ -28,7 +28,10 @@ WAITING_JOBS = 16  # that may wait for the end of a job
 WAITING_REMOVALS = 4
 WAITING_EVALS = 8  # that may wait for a slot, beyond those whose commands run
 WAITING_QUERIES = 4  # SQL queries at once
+WAITING_LISTINGS = 8  # long listings at once
 LONGEST_WAIT = 30.0  # seconds that a request waits for the end of a job
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Limits:
             + WAITING_REMOVALS
             + WAITING_EVALS
             + WAITING_QUERIES
+            + WAITING_LISTINGS
             + self.cpu_jobs
         )
 
@@ -76,6 +80,7 @@ class Node:
         self.removals = Gate(WAITING_REMOVALS)
         self.waiting_jobs = Gate(WAITING_JOBS)
         self.queries = Gate(WAITING_QUERIES)
+        self.listings = Gate(WAITING_LISTINGS)
         self.transfers = Transfers(
             str(conf.servers[position]),
             address,
@@ -111,10 +116,21 @@ class Node:
         """The listing of a prefix, in chunks. A bucket without `/` and `recursive` is its own line."""
         path = parse_prefix(prefix)
         if recursive:
-            return self.keys.list_keys(path)
+            return self._long(self.keys.list_keys(path))
         if "/" in path:
             return self.keys.list_folder(path)
         return iter([[row for row in self.keys.list_buckets() if not path or row.path == path]])
+
+    def tasks(
+        self, job_id: str, states: Sequence[str], *, stderr: bool
+    ) -> Iterator[Sequence[dict[str, Any]]]:
+        """The tasks of a share, those in one of `states` or all. Raises MissingError, BusyError."""
+        return self._long(self.jobs.tasks(job_id, states, stderr=stderr))
+
+    def _long(self, chunks: Iterator[T]) -> Iterator[T]:
+        """What may take seconds to produce: a few at once. Raises BusyError."""
+        with self.listings.waiting():
+            yield from chunks
 
     def delete(self, prefix: str, *, recursive: bool) -> None:
         """Remove a key, or every key that starts with a prefix. Raises MissingError for a single one."""

@@ -15,6 +15,7 @@ from s4.workers.tasks import Push, Pushed, StoredFile
 MAX_UNSENT_BYTES = 512 * 1024 * 1024  # outputs waiting to leave; beyond it no further command starts
 MAX_UNSENT_FILES = 20_000
 PUSHES_PER_SERVER = 2
+SEND_SECONDS = 60.0  # how long a node may be busy or silent that is to take a batch
 GATHER_FILES = 100  # outputs for a server wait until there are so many,
 GATHER_BYTES = 32 * 1024 * 1024  # or they are so large,
 GATHER_SECONDS = 0.2  # or for so long, or until no command runs
@@ -62,14 +63,11 @@ class _Gathered(Generic[T]):
 class Outbox(Generic[T]):
     """All outputs of a job that wait or travel. `on_done(ticket)` is called when a batch is over."""
 
-    def __init__(
-        self, conf: Conf, pool: Pool, job: str, timeout: float, on_done: Callable[[Ticket], None]
-    ) -> None:
+    def __init__(self, conf: Conf, pool: Pool, job: str, on_done: Callable[[Ticket], None]) -> None:
         self._conf = conf
         self._fingerprint = conf.fingerprint
         self._pool = pool
         self._job = job
-        self._timeout = timeout
         self._on_done = on_done
         self._gathered: defaultdict[str, _Gathered[T]] = defaultdict(_Gathered)
         self._pushes: dict[Ticket, tuple[str, list[Sending[T]]]] = {}
@@ -139,7 +137,7 @@ class Outbox(Generic[T]):
             while gathered.waiting and under_way < PUSHES_PER_SERVER and (everything or gathered.due()):
                 batch = gathered.take()
                 entries = [(path, file, task) for path, file, task, _sender in batch]
-                push = Push(server, self._fingerprint, self._job, entries, self._timeout)
+                push = Push(server, self._fingerprint, self._job, entries, SEND_SECONDS)
                 ticket = Ticket(Kind.SEND, push, on_done=self._on_done, group=self._job)
                 self._pushes[ticket] = (server, batch)
                 self._pool.submit(ticket)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -114,7 +115,12 @@ def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, 
 
 def _has_file(storage: Storage, path: str) -> bool:
     """Whether a key has a file, readable or not; it is told if that is one of elsewhere, by a link."""
-    if not os.path.isfile(os.path.join(storage.root, path)):
+    try:
+        if not stat.S_ISREG(os.stat(os.path.join(storage.root, path)).st_mode):
+            return False
+    except PermissionError:
+        return True
+    except OSError:
         return False
     with contextlib.suppress(S4Error):  # it cannot be read
         try:

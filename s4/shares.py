@@ -102,7 +102,7 @@ class Share:
         self._counts = Counts()
         self._events: queue.SimpleQueue[Ticket | S4Error] = queue.SimpleQueue()
         self._commands: dict[Ticket, _Attempt] = {}
-        self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, job.timeout, self._events.put)
+        self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, self._events.put)
         self._ready: deque[_Attempt] = deque()
         self._to_repeat: list[_Attempt] = []  # failed, but some of their outputs may be on their way
         self._threads: dict[str, str] = {}
@@ -120,8 +120,10 @@ class Share:
         threading.Thread(target=self._main, args=(on_end,), name=f"job-{self.job.id}", daemon=True).start()
 
     def cancel(self, reason: S4Error) -> None:
-        """Have the share end soon; does nothing if it is over."""
+        """Have the share end soon, and its commands now; does nothing if it is over."""
         self._events.put(reason)
+        for ticket in list(self._commands):  # the share may be asking a node that does not answer
+            self._parts.pool.cancel(ticket, reason)
 
     def row(self) -> ShareRow:
         """How far it is now."""
@@ -159,8 +161,10 @@ class Share:
         counts = f"{self._counts.done}/{self._counts.tasks}"
         log.info("job %s %s %s %s %.0fms", self.job.id, self.job.kind, state, counts, milliseconds)
         self.state = state
-        on_end(self)
-        self.ended.set()
+        try:
+            on_end(self)
+        finally:
+            self.ended.set()
 
     def record_end(self, state: str) -> None:
         """Write down how the share ended. Raises S4Error: then it may be tried again."""

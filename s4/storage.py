@@ -239,6 +239,9 @@ class Storage:
                 entries = os.scandir(os.path.join(self.root, current))
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            except PermissionError as e:  # such as lost+found
+                log.warning("left alone: %r: %s", current, e.strerror)
+                continue
             with entries:
                 for entry in entries:
                     path = f"{current}/{entry.name}" if current else entry.name

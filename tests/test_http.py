@@ -154,6 +154,8 @@ def test_a_job_or_state_that_there_cannot_be_is_400(node: Node) -> None:
     empty = node.post("/cancel", job="")
     assert (empty.status, empty.text) == (400, "bad job id '': letters, digits and '-', at most 64")
     assert node.get("/jobs", state="running").status == 200
+    for path in ("/job?job=%ff", "/tasks?job=%ff", "/task?job=%ff&task=1"):
+        assert node.request("GET", path, {}).status == 400
     for path in ("/jobs", "/tasks"):
         answer = node.get(path, job="none", state="nonsense")
         assert answer.status == 400 and "state='nonsense'" in answer.text

@@ -566,3 +566,15 @@ def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
     ]
     jobs.end("one", "failed", None)
     assert [jobs.made_from("one", i) for i in range(2)] == [("b/in/0", "done"), ("b/in/1", "failed")]
+
+
+def test_what_is_recorded_twice_is_there_once(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("job", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("job", [NewTask(0, "b/in/0", 1, 1)])
+    change = TaskChange(0, "failed", 1, exit_code=3, error="exit code 3", stderr=b"oops")
+    for _ in range(2):  # as after a disk that was full when the end came
+        jobs.progress("job", [change], Counts(tasks=1, failed=1))
+        jobs.end("job", "failed", "exit code 3")
+    [[task]] = list(jobs.tasks("job", stderr=True))
+    assert (task["state"], task["stderr"]) == ("failed", b"oops")

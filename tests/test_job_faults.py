@@ -217,6 +217,32 @@ def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
     assert len(three.keys("s4://b/out/")) == 60
 
 
+def test_the_time_limit_of_a_task_is_not_one_for_sending_what_it_made(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2, ["--max-io-jobs", "1"])
+    cluster.put("s4://b/in/000", b"x")
+    cluster.nodes[1].prepare_put("s4://b/001")  # never sent: it holds the one slot for five seconds
+    cluster.s4(
+        "map-to-n", "s4://b/in/", "s4://b/out/", "echo x > 001; echo 001", "--timeout", "1", timeout=60
+    )
+    assert cluster.contents("s4://b/out/") == {"000/001": b"x\n"}
+
+
+def test_a_stream_of_evals_does_not_keep_a_job_waiting(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "2"])
+    cluster.put_all({f"s4://b/in/{i}": b"x" for i in range(3)})
+    stop = cluster.work / "stop"
+    loop = f"while [ ! -e {stop} ]; do s4 eval s4://b/in/0 'sleep 0.2'; done"
+    loops = [subprocess.Popen(["bash", "-c", loop], env=cluster.env) for _ in range(6)]
+    try:
+        eventually(lambda: len(_running_on(cluster.nodes[0], "sleep\x000.2")) == 2, 10)
+        cluster.s4("map", "s4://b/in/", "s4://b/out/", "cat", timeout=10)
+    finally:
+        stop.touch()
+        assert [process.wait(30) for process in loops] == [0] * 6
+
+
 def test_jobs_and_job_agree_while_a_node_is_down_or_silent(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     three.s4("map", "s4://b/in/", "s4://b/done/", "cat")

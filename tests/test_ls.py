@@ -260,6 +260,17 @@ def test_a_reader_who_stops_reading_a_listing_holds_nobody_up(million: Node) -> 
             assert time.monotonic() - began < 2
 
 
+def test_a_hundred_listings_at_once_leave_room_for_others(million: Node) -> None:
+    with contextlib.ExitStack() as readers:
+        for _ in range(100):
+            reader = readers.enter_context(socket.create_connection((million.host, million.port), timeout=30))
+            reader.sendall(b"GET /list?prefix=s4://b&recursive=true HTTP/1.1\r\nHost: s4\r\n\r\n")
+        for _ in range(5):
+            assert million.get("/health", timeout=10).status == 200
+            assert len(million.listing("s4://b/500/", recursive=False)) == 1000
+    assert len(million.cluster.s4("ls", "-r", "s4://b/50").lines) == 10_000
+
+
 def test_a_closed_pipe_ends_a_listing_quietly(million: Node) -> None:
     command = "s4 ls -r s4://b | head -n 3; echo ${PIPESTATUS[1]}"
     done = subprocess.run(

@@ -57,7 +57,7 @@ class Bench:
         line: str,
         time_limit: float | None = None,
         on_done: Callable[[Ticket], None] | None = None,
-        urgent: bool = False,
+        group: str = "",
         stdin: str = os.devnull,
     ) -> Ticket:
         self.made += 1
@@ -65,14 +65,14 @@ class Bench:
         task = Command(
             line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", stdin
         )
-        return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, urgent))
+        return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, group))
 
     def run(self, line: str) -> Ran:
         return ran(self.command(line))
 
-    def sleeping(self, seconds: str, time_limit: float | None = None) -> Ticket:
+    def sleeping(self, seconds: str, time_limit: float | None = None, group: str = "") -> Ticket:
         """A command that sleeps, after it has started to; the number of seconds tells it apart."""
-        ticket = self.command(f"sleep {seconds} | cat", time_limit)
+        ticket = self.command(f"sleep {seconds} | cat", time_limit, group=group)
         eventually(lambda: processes_of(seconds), 10, "it runs")
         return ticket
 
@@ -195,15 +195,17 @@ def test_commands_that_wait_run_in_the_order_of_their_coming(bench: Bench) -> No
 
 
 @in_a_process_alone
-def test_an_urgent_command_goes_before_those_of_jobs_and_after_earlier_urgent_ones(bench: Bench) -> None:
+def test_groups_take_turns_and_the_one_with_fewest_running_is_first(bench: Bench) -> None:
     log = bench.folder / "log"
-    bench.sleeping("600.21")
-    first = bench.sleeping("0.52")
-    tickets = [bench.command(f"echo job{i} >>{log}") for i in range(3)]
-    tickets += [bench.command(f"echo urgent{i} >>{log}", urgent=True) for i in range(2)]
+    bench.sleeping("600.21", group="large")
+    first = bench.sleeping("0.52", group="large")
+    tickets = [bench.command(f"echo large{i} >>{log}", group="large") for i in range(3)]
+    tickets += [bench.command(f"echo request{i} >>{log}") for i in range(3)]
+    tickets += [bench.command(f"echo small{i} >>{log}", group="small") for i in range(2)]
     for ticket in [first, *tickets]:
         assert ran(ticket).exitcode == 0
-    assert log.read_text().split() == ["urgent0", "urgent1", "job0", "job1", "job2"]
+    said = log.read_text().split()
+    assert said == ["request0", "small0", "request1", "small1", "request2", "large0", "large1", "large2"]
 
 
 @in_a_process_alone
@@ -344,7 +346,7 @@ def _outbox(bench: Bench, servers: int) -> outbox.Outbox[int]:
     """For servers that are not there: what leaves fails, and stays to be looked at."""
     outbox.GATHER_SECONDS = 1000
     ring = Conf(tuple(Server(HOST, free_port()) for _ in range(servers)), "a test")
-    return outbox.Outbox(ring, bench.pool, "job", 1.0, lambda _ticket: None)
+    return outbox.Outbox(ring, bench.pool, "job", lambda _ticket: None)
 
 
 def _add(bench: Bench, box: outbox.Outbox[int], position: int, count: int, size: int) -> None:

@@ -1,10 +1,12 @@
 """stat and sql on real nodes: what is known of a key, and questions to all indexes that can only read."""
 
+import contextlib
 import csv
 import io
 import json
 import math
 import re
+import sqlite3
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -247,6 +249,26 @@ def test_a_text_too_long_for_a_quick_search_is_refused(cluster: Cluster) -> None
     # Within a function like instr() nothing could end it.
     text = "replace(hex(zeroblob(400000)), '0', 'aa')"
     cluster.fails("sql", f"select instr({text}, {text} || 'b')", says="too big", code=1)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select length(ltrim(hex(zeroblob(490000)), replace(hex(zeroblob(30000)), '0', '1') || '0'))",
+        "select hex(zeroblob(200000)) like '%' || substr(hex(zeroblob(30000)), 1, 49000) || '1'",
+        "select hex(zeroblob(200000)) glob '*' || substr(hex(zeroblob(30000)), 1, 49000) || '1'",
+    ],
+)
+def test_a_function_of_long_texts_takes_no_longer_than_a_query_may(cluster: Cluster, query: str) -> None:
+    assert cluster.nodes[0].post("/sql", body=query.encode(), timeout=15).status in (200, 400)
+
+
+def test_trim_is_as_in_sqlite(cluster: Cluster) -> None:
+    query = """select trim('  a b '), ltrim('xxyax', 'xy'), rtrim('abab', 'ba'), trim(null), trim('a', null),
+        trim(120, 0), trim(x'2041'), trim('a', '')"""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        wanted = list(db.execute(query).fetchone())
+    assert json.loads(cluster.nodes[0].post("/sql", body=query.encode()).text.splitlines()[1]) == wanted
 
 
 def test_there_are_only_so_many_rows(cluster: Cluster) -> None:

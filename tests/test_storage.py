@@ -1,5 +1,6 @@
 """Files of keys, where no request is needed to see them: what happens while another thread is at them."""
 
+import errno
 import os
 import threading
 import time
@@ -51,4 +52,24 @@ def test_what_is_no_file_on_the_way_is_refused_and_waits_for_nobody(folder: Path
     for path in ("b/far/fifo", "b/link"):
         with pytest.raises(ConflictError, match="symbolic link"):
             storage.real_path(path)
+    storage.close()
+
+
+def test_a_folder_that_cannot_be_read_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(str(folder))
+    for name in ("b", "closed"):
+        (folder / name).mkdir()
+        (folder / name / "key").touch()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything
+        if path.endswith("/closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert list(storage.walk()) == ["b/key"]
+    assert "left alone: 'closed': Permission denied" in caplog.text
     storage.close()

@@ -218,11 +218,12 @@ class JobIndex:
             " WHERE job = ? AND task = ?",
             [(*change[1:12], job_id, change.task) for change in changes],
         )
-        for change in changes:
-            if change.attempt > 1:  # another attempt may have said something
-                db.execute("DELETE FROM stderrs WHERE job = ? AND task = ?", (job_id, change.task))
+        for change in changes:  # which may be recorded already, or follow another attempt that said something
             if change.stderr:
-                db.execute("INSERT INTO stderrs VALUES (?, ?, ?)", (job_id, change.task, change.stderr))
+                what = (job_id, change.task, change.stderr)
+                db.execute("INSERT OR REPLACE INTO stderrs VALUES (?, ?, ?)", what)
+            elif change.attempt > 1:
+                db.execute("DELETE FROM stderrs WHERE job = ? AND task = ?", (job_id, change.task))
 
     def progress(self, job_id: str, changes: Sequence[TaskChange], counts: Counts) -> None:
         """Record what became of tasks, and how far the share is."""

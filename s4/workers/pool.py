@@ -29,6 +29,7 @@ from s4.workers.scratch import Scratch, read_tail
 from s4.workers.tasks import Failure, Result, Task
 
 SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
+MAX_SERVED = 1000  # groups whose last turn is remembered
 IDLE_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
 MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 107
@@ -54,18 +55,16 @@ class Ticket:
         fds: Sequence[int] = (),
         time_limit: float | None = None,
         on_done: Callable[["Ticket"], None] | None = None,
-        urgent: bool = False,
         group: str = "",
     ) -> None:
-        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. An urgent
-        ticket, for which a request waits, goes before those of jobs, which come by the thousand. Among the
-        others the group with the fewest running goes first, so that jobs share the slots."""
+        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. `group` is the
+        job; tickets for which a request waits are a group together. Groups share the slots, so that neither
+        the thousands of a job nor a stream of requests keeps others waiting."""
         self.kind = kind
         self.task = task
         self.fds = list(fds)
         self.time_limit = time_limit
         self.on_done = on_done
-        self.urgent = urgent
         self.group = group
         self.pid: int | None = None
         self.stderr = b""  # the end of what a command wrote whose worker died or was killed
@@ -144,6 +143,7 @@ class Pool:
         self._scratch = scratch
         self._queues: dict[Kind, deque[Ticket]] = {kind: deque() for kind in Kind}
         self._running = dict.fromkeys(Kind, 0)
+        self._served: dict[str, float] = {}  # by group: when, by the monotonic clock, it last got a slot
         self._idle: list[_Worker] = []
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.Lock()
@@ -171,10 +171,7 @@ class Pool:
         """Queue a ticket. Raises StoppingError (and closes its descriptors) when the pool is stopping."""
         with self._lock:
             if not self._stopping:
-                queue = self._queues[ticket.kind]
-                queue.insert(
-                    sum(1 for other in queue if other.urgent) if ticket.urgent else len(queue), ticket
-                )
+                self._queues[ticket.kind].append(ticket)
                 if not self._dispatch():
                     self._wake()
                 return ticket
@@ -249,11 +246,18 @@ class Pool:
         return True
 
     def _next(self, queue: deque[Ticket]) -> Ticket:
-        """Take the ticket whose turn it is: first come, first served, but that groups take turns."""
+        """Take the ticket whose turn it is: of the group with the fewest running, among those of the one that
+        was served longest ago; within a group first come, first served."""
         first = queue[0]
-        if not first.urgent and any(ticket.group != first.group for ticket in queue):
-            running = Counter(worker.ticket.group for worker in self._workers.values() if worker.ticket)
-            first = min(queue, key=lambda ticket: running[ticket.group])
+        if any(ticket.group != first.group for ticket in queue):
+            tickets = [worker.ticket for worker in self._workers.values() if worker.ticket]
+            running = Counter(ticket.group for ticket in tickets if ticket.kind is first.kind)
+            first = min(
+                queue, key=lambda ticket: (running[ticket.group], self._served.get(ticket.group, 0.0))
+            )
+        if len(self._served) > MAX_SERVED:
+            self._served.clear()
+        self._served[first.group] = time.monotonic()
         queue.remove(first)
         return first
 
