@@ -19,7 +19,7 @@ import sys
 from s4.config import NO_CONF, NO_CONF_HINT
 from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, NodeError, S4Error
 from s4.lean import fire, inspect
-from s4.text import printable
+from s4.text import say
 from s4.words import Line, Usage, command_of
 
 TYPE_CHECKING = False  # what only annotations need is not imported: 3 ms for typing
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 # A Ctrl-C before main() can catch it ends the process without a traceback.
-_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone
 )
 _WRITE_ERRORS = ("EBADF", "EDQUOT", "EFBIG", "EIO", "ENOSPC")
-_CLOSED_PIPE = 128 + _signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
+_CLOSED_PIPE: int = 128 + _signal.SIGPIPE  # the exit code of a command that SIGPIPE ends
 _PYTHON_ONLY = ("client", "self", "stdout", "stderr", "watch")  # parameters that are not for the command line
 
 # Where each is shown. Modules with jobs in them are imported for those alone.
@@ -52,24 +53,37 @@ commands: {", ".join(_COMMANDS)}
 
 def main() -> NoReturn:
     """Run `s4` with the arguments of this process, and exit."""
+    try:
+        code = _exit_code(sys.argv[1:])
+    except KeyboardInterrupt:  # one more, while it was said what the first one did
+        code = INTERRUPTED
+    # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
+    os._exit(code)
+
+
+def _exit_code(words: Sequence[str]) -> int:
     _open_standard_streams()
     try:
         for number in (_signal.SIGINT, _signal.SIGTERM):
-            _signal.signal(number, _signal.default_int_handler)
-        code = _run(sys.argv[1:])
-        sys.stdout.flush()
+            if _signal.getsignal(number) != _signal.SIG_IGN:  # as in the background of a script
+                _signal.signal(number, _signal.default_int_handler)
+        try:
+            return _run(words)
+        finally:
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                sys.stdout.flush()  # also what came before an error
     except BrokenPipeError:
-        code = _CLOSED_PIPE
+        return _CLOSED_PIPE
     except KeyboardInterrupt as e:
-        print(f"fatal: interrupted{': ' if e.args else ''}{e}", file=sys.stderr)
-        code = INTERRUPTED
+        say(f"fatal: interrupted{': ' if e.args else ''}{e}")
+        return INTERRUPTED
     except S4Error as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
         for line in getattr(e, "failures", []):
-            print(f"failed: {printable(line)}", file=sys.stderr)
-        print(f"fatal: {printable(str(e))}", file=sys.stderr)
-        code = e.exit_code
+            say(f"failed: {line}")
+        say(f"fatal: {e}")
+        return e.exit_code
     except Exception as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
@@ -77,13 +91,10 @@ def main() -> NoReturn:
 
         # What happens to another file than stdout is an S4Error.
         if isinstance(e, OSError) and errorcode.get(e.errno or 0) in _WRITE_ERRORS:
-            print(f"fatal: stdout: {e.strerror}", file=sys.stderr)
+            say(f"fatal: stdout: {e.strerror}")
         else:
-            print(f"fatal: {printable(str(e) or repr(e))}; S4_DEBUG=1 shows where", file=sys.stderr)
-        code = FAILED
-    # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
-    sys.stderr.flush()
-    os._exit(code)
+            say(f"fatal: {str(e) or repr(e)}; S4_DEBUG=1 shows where")
+        return FAILED
 
 
 def _open_standard_streams() -> None:
@@ -100,6 +111,9 @@ def _open_standard_streams() -> None:
         sys.stdin = sys.stdin or os.fdopen(0)
         sys.stdout = sys.stdout or os.fdopen(1, "w")
         sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not isinstance(sys.stdout.buffer, io.BufferedWriter):
+        # With PYTHONUNBUFFERED. What a write leaves over, as on a full disk, would be lost in silence.
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(sys.stdout.buffer), line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

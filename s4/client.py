@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from s4.asking import GRACE_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
-from s4.errors import BadRequestError, NodeError, S4Error
+from s4.errors import BadRequestError, NodeError, NonsenseError, S4Error
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
 from s4.keys import new_job_id, owner, parse_key, parse_prefix, url, with_scheme
 
@@ -144,7 +144,9 @@ class Client:
                 if exitcode is None:
                     raise BadRequestError(response.read().decode("utf-8", "replace"))
                 errors_size = int(response.getheader(STDERR_SIZE_HEADER) or 0)
-                output_size = int(response.getheader("Content-Length") or 0) - errors_size
+                output_size = int(response.getheader("Content-Length") or -1) - errors_size
+                if not 0 <= int(exitcode) <= 255 or output_size < 0:
+                    raise NonsenseError(caller.server)
             written = []
             for target, size in ((stdout, output_size), (stderr, errors_size)):
                 kept: list[bytes] = []
@@ -154,7 +156,10 @@ class Client:
                     if not block:
                         raise NodeError(caller.server, "the answer broke off")
                     size -= len(block)
-                    (target.write if target is not None else kept.append)(block)
+                    if target is None:
+                        kept.append(block)
+                    else:
+                        _write_all(target, block)
                 written.append(b"".join(kept))
             return Evaluation(int(exitcode), *written)
 
@@ -474,3 +479,14 @@ class Client:
     def caller(self, server: str, timeout: float | None = None) -> Caller:
         """A new connection to a server."""
         return Caller(server, self._conf.fingerprint, self._timeout if timeout is None else timeout)
+
+
+def _write_all(target: "BinaryIO", data: bytes) -> None:
+    """Write until all is written: an unbuffered file may take less at a time."""
+    while data:
+        count = target.write(data)
+        if count is None:
+            import errno
+
+            raise BlockingIOError(errno.EAGAIN, "it takes no more now, and does not let itself be waited for")
+        data = data[count:]

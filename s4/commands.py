@@ -6,7 +6,7 @@ import sys
 
 from s4.config import NO_CONF, NO_CONF_HINT
 from s4.errors import FAILED
-from s4.text import printable
+from s4.text import say
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def show_health(client: Any) -> int:
     for server, problem in found.items():
         print(f"{'unhealthy' if problem else 'healthy'}: {'' if problem else '  '}{server}")
         if problem:
-            print(f"{server}: {printable(problem)}", file=sys.stderr)
+            say(f"{server}: {problem}")
     if any(found.values()) and client.conf_source == NO_CONF:
-        print(NO_CONF_HINT, file=sys.stderr)
+        say(NO_CONF_HINT)
     return FAILED if any(found.values()) else 0
 
 

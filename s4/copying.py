@@ -136,12 +136,14 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
                 _remove_folders(made)
                 raise
         try:
-            yield target, bool(temporary)
+            try:
+                yield target, bool(temporary)
+            finally:
+                os.close(target)  # which may fail, as on NFS
             if temporary:
                 os.rename(temporary, place)
                 temporary, made = "", []
         finally:
-            os.close(target)
             if temporary:
                 os.unlink(temporary)
             _remove_folders(made)
@@ -249,12 +251,16 @@ def _get_folder(client: "Client", src: str, dst: str) -> None:
     keep = prefix.rstrip("/").rfind("/") + 1 if os.path.normpath(dst) == "." else len(prefix)
     keep = keep or len(prefix)
     items = []
+    targets: dict[str, str] = {}
     for entry in client.ls(url(prefix), recursive=True):
         path = parse_key(f"{bucket}/{entry.path}")
         below = path[keep:]
         if keep == len(prefix) and not prefix.endswith("/"):
             below = below[1:] if below.startswith("/") else path[prefix.rfind("/") + 1 :]
-        items.append(Item(os.path.join(dst, below), path, int(entry.size)))
+        target = os.path.join(dst, below)
+        if targets.setdefault(target, path) != path:
+            raise BadRequestError(f"{url(targets[target])} and {url(path)} would both become {target}")
+        items.append(Item(target, path, int(entry.size)))
     if not items:
         raise MissingError(f"no key starts with {url(prefix)}")
     _Crew(client, _get_items, []).run(items)
@@ -284,14 +290,17 @@ class _Crew:
                 threading.Thread(target=self._work, args=(batches, advance), daemon=True)
                 for _ in range(count)
             ]
-            for thread in threads:
-                thread.start()
+            begun = ended = 0
             try:
-                for _ in threads:
+                for thread in threads:
+                    begun += 1
+                    thread.start()
+                while ended < len(threads):
                     self._ended.acquire()
+                    ended += 1
             except BaseException:
                 self._stop()
-                for _ in threads:
+                for _ in range(begun - ended):
                     self._ended.acquire(timeout=STOP_SECONDS)
                 raise
         if self._errors:

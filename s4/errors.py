@@ -12,15 +12,23 @@ class S4Error(Exception):
 
     exit_code = FAILED
 
+    def __reduce__(self) -> "tuple[object, ...]":
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[S4Error], arguments: "tuple[object, ...]", state: "dict[str, object]") -> S4Error:
+    error = kind.__new__(kind)  # some take more than a text
+    error.args = arguments
+    error.__dict__.update(state)
+    return error
+
 
 def rebuilt(name: str, message: str) -> S4Error:
     """An error that crossed from another process as the name of its class and its text."""
     kind = globals().get(name)
     if not (isinstance(kind, type) and issubclass(kind, S4Error)):
         kind = S4Error
-    error = kind.__new__(kind)  # some take more than a text
-    error.args = (message,)
-    return error
+    return _unpickled(kind, (message,), {})
 
 
 class MisuseError(S4Error):

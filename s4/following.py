@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from s4.errors import BusyError, MissingError, S4Error, UnreachableError
+from s4.errors import BusyError, MissingError, S4Error
 from s4.jobcalls import cancel, read_json, tasks_of
 from s4.reaching import SILENCE_SECONDS
 from s4.record import replace
@@ -180,8 +180,8 @@ class Follower:
                     found += [
                         replace(task, stderr=(task.stderr or "")[-STDERR_CHARACTERS:]) for task in tasks
                     ]
-                except UnreachableError:
-                    pass  # it went down since; its share says how many failed
+                except S4Error:
+                    pass  # such as that it went down since; its share says how many failed
         return sorted(found, key=lambda task: task.task)
 
 

@@ -22,7 +22,7 @@ def read_json(server: str, answer: bytes) -> Any:
     """The value of a JSON text. Raises NodeError."""
     try:
         return loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NonsenseError(server) from None
 
 

@@ -12,7 +12,7 @@ from s4.progress import columns, watch_for
 from s4.record import asdict
 from s4.report import ending
 from s4.summary import FAILED, JobSummary, Task
-from s4.text import as_typed, pairs, printable
+from s4.text import as_typed, pairs, say
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _job_command(kind: str) -> Callable[..., int]:
             if json:
                 _print_json({"state": "overlap", "message": str(e)})
             elif not quiet:
-                _say(str(e))
+                say(str(e))
             return 0
 
     return show
@@ -115,7 +115,7 @@ def _show_end(follow: Callable[[], JobSummary | None], quiet: bool, as_json: boo
         _print_json(_summary_json(summary))
     elif not quiet:
         nothing = not summary.tasks and summary.outdir
-        _say(f"job {summary.job}: nothing to map: no keys in {summary.indir}" if nothing else ending(summary))
+        say(f"job {summary.job}: nothing to map: no keys in {summary.indir}" if nothing else ending(summary))
     return 0
 
 
@@ -124,7 +124,7 @@ def _show_nothing(quiet: bool, as_json: bool) -> int:
     if as_json:
         _print_json({"state": "done", "message": _NOTHING_TO_RETRY})
     elif not quiet:
-        _say(_NOTHING_TO_RETRY)
+        say(_NOTHING_TO_RETRY)
     return 0
 
 
@@ -350,7 +350,3 @@ def _print_json_list(values: "Iterable[Any]") -> None:
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(line + "\n")
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)

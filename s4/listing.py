@@ -50,7 +50,7 @@ def _parse(caller: Caller, lines: bytes) -> "list[Any]":
     try:
         found: list[Any] = loads(b"[" + lines.strip(b",\n") + b"]")
         return found
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NonsenseError(caller.server) from None
 
 

@@ -9,7 +9,7 @@ import time
 from s4.following import Watch
 from s4.report import beginning, lost, underway
 from s4.summary import JobSummary, Part
-from s4.text import printable, shortened, size
+from s4.text import say, shortened, size
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _Shown(Watch):
         self._say(f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)")
 
     def _say(self, line: str) -> None:
-        print(printable(line), file=sys.stderr, flush=True)
+        say(line)
 
 
 class Lines(_Shown):
@@ -70,12 +70,18 @@ class Lines(_Shown):
 
 
 class Bar(_Shown):
-    """One live bar for the whole cluster."""
+    """One live bar for the whole cluster. Where the terminal is gone, nothing."""
 
     _bar: tqdm[Any] | None = None
 
     def started(self, summary: JobSummary) -> None:
         """Draw the bar."""
+        try:
+            self._draw(summary)
+        except OSError:
+            self._bar = None
+
+    def _draw(self, summary: JobSummary) -> None:
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread that looks after bars
@@ -94,9 +100,13 @@ class Bar(_Shown):
 
     def progress(self, summary: JobSummary) -> None:
         """Move the bar."""
-        bar = self._bar
-        if bar is None:
-            return
+        try:
+            if self._bar is not None:
+                self._move(self._bar, summary)
+        except OSError:
+            self._bar = None
+
+    def _move(self, bar: tqdm[Any], summary: JobSummary) -> None:
         bar.total, bar.ncols = summary.tasks, columns(sys.stderr)
         rate = (summary.bytes_in - self._bytes_before) / max(0.001, time.monotonic() - self._began)
         bar.set_postfix_str(f"{summary.failed} failed, {size(rate)}/s", refresh=False)
@@ -105,11 +115,17 @@ class Bar(_Shown):
 
     def ended(self) -> None:
         """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            try:
+                bar.close()
+            except OSError:
+                pass
 
     def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
+        try:
+            if self._bar is not None:
+                self._bar.clear()
+        except OSError:
+            self._bar = None
         super()._say(line)

@@ -96,7 +96,7 @@ def sql(client: "Client", query: str, limit: int) -> Result:
     """Run a query on all indexes. Raises S4Error, which names the node, also for too many rows."""
     check_limit(limit)
     try:
-        text = query.encode("utf-8", "surrogateescape")
+        text = query.encode()
     except UnicodeEncodeError:
         raise BadRequestError("the query is not valid UTF-8") from None
 

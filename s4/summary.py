@@ -64,6 +64,14 @@ class ShareStatus(_Answer):
     skip_existing: bool
     alone: bool
 
+    @classmethod
+    def read(cls, node: str, value: Any) -> Self:
+        """Raises NodeError if the answer is no share, or in a state that there is not."""
+        share = super().read(node, value)
+        if share.state not in (RUNNING, DONE, FAILED, CANCELLED, INTERRUPTED):
+            raise NonsenseError(node)
+        return share
+
 
 @record
 class Task(_Answer):

@@ -1,5 +1,6 @@
-"""Text for people: one clean line, sizes, durations, tables. No input or output."""
+"""Text for people: one clean line, sizes, durations, tables; and a line on stderr."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
@@ -11,6 +12,14 @@ def printable(text: str) -> str:
     """One line without control characters, which could change what a terminal shows."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().replace("\0", "").split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def say(line: str) -> None:
+    """A line on stderr. One that cannot be written is lost, and decides nothing: the exit code tells."""
+    try:
+        print(printable(line), file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def as_typed(text: str) -> str:

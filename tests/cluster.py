@@ -351,7 +351,8 @@ class Cluster:
         home = self.root / "home"
         for folder in (self.work, self.temporary, home):
             folder.mkdir()
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("S4_")}
+        ours = ("S4_", "PYTHONUNBUFFERED")  # as users have it: what is printed is buffered
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.env |= {
             "HOME": str(home),
             "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -1,11 +1,17 @@
 """The command line: every argument as typed, help, exit codes, one line for an error, quiet ends."""
 
+import pickle
 import re
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, tree, write_tree
+from procs import eventually, running
+
+from s4 import errors
+from s4.copying import CopyError
 
 COMMANDS = {
     "cp": ["SRC", "DST", "recursive"],
@@ -285,3 +291,46 @@ def test_a_stdout_that_cannot_be_written_is_one_clear_line(cluster: Cluster, buc
         assert closed.stderr == b"fatal: stdout: Bad file descriptor\n"
     full = subprocess.run(["bash", "-c", "s4 servers > /dev/full"], env=cluster.env, capture_output=True)
     assert (full.returncode, full.stderr) == (1, b"fatal: stdout: No space left on device\n")
+
+
+def test_a_stderr_that_cannot_be_written_changes_no_exit_code(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{i:03}": b"x" for i in range(3)})
+    for arguments, code in (
+        (["no-such-command"], 2),
+        (["cp", f"{bucket}/none", "-"], 1),
+        (["map", f"{bucket}/in/", f"{bucket}/out/", "sleep 0.3; cat"], 0),
+        (["map", f"{bucket}/in/", f"{bucket}/out/", "cat"], 1),
+    ):
+        with open("/dev/full", "wb") as full:
+            assert cluster.start_s4(*arguments, stderr=full).wait(20) == code
+    assert len(cluster.keys(f"{bucket}/out/")) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_ignored(
+    cluster: Cluster, bucket: str, number: signal.Signals
+) -> None:
+    def ignore() -> None:
+        signal.signal(number, signal.SIG_IGN)
+
+    cluster.put(f"{bucket}/in/000", b"x")
+    seconds = f"0.{700 + number}"
+    process = cluster.start_s4(
+        "map", f"{bucket}/in/", f"{bucket}/out/", f"sleep {seconds}; cat", before=ignore
+    )
+    eventually(lambda: running(f"sleep\x00{seconds}"), 10)
+    process.send_signal(number)
+    assert process.wait(10) == 0
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    for error in (
+        errors.S4Error("text"),
+        errors.NodeError("host:1", "reason"),
+        errors.NonsenseError("host:1"),
+        errors.BadKeyError("key", "rule"),
+        errors.WorkerDiedError(7, -9),
+        CopyError("1 of 2 files were not copied", ["a: why"]),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

@@ -410,6 +410,27 @@ def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
     assert tree(folder) == {}
 
 
+def test_two_keys_do_not_become_one_file(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put_all({f"{bucket}/x/dst-2/a": b"one", f"{bucket}/x/dst/dst-2/a": b"two"})
+    line = cluster.fails("cp", "-r", f"{bucket}/x/dst", f"{folder}/out", says="would both become", code=1)
+    assert f"{bucket}/x/dst-2/a" in line and f"{bucket}/x/dst/dst-2/a" in line
+    assert list(folder.iterdir()) == []
+
+
+def test_a_download_interrupted_at_its_start_leaves_nothing(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put_all({f"{bucket}/{i:03}": b"x" * 100_000 for i in range(20)})
+    for i in range(15):
+        target = folder / str(i)
+        process = cluster.start_s4("cp", "-r", f"{bucket}/", f"{target}/")
+        while not target.exists() and process.poll() is None:
+            time.sleep(0.0005)  # it is a matter of milliseconds
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) in (0, 130)
+        assert [path.name for path in target.glob(".s4-*")] == []
+
+
 def test_folders_that_were_made_for_a_download_go_when_it_fails(
     cluster: Cluster, bucket: str, folder: Path
 ) -> None:
@@ -460,7 +481,10 @@ def test_what_a_client_in_python_cannot_do_is_an_error_of_ours(cluster: Cluster,
     assert (done.returncode, done.stderr) == (1, b"stdout: No space left on device\n")
 
 
-def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bucket: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_cannot_be_written_is_one_clear_line(
+    cluster: Cluster, bucket: str, unbuffered: str
+) -> None:
     cluster.put(f"{bucket}/000", b"x" * 100_000)
     for arguments in (
         ["cp", f"{bucket}/000", "-"],
@@ -469,7 +493,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(cluster: Cluster, bu
         ["servers"],
     ):
         with open("/dev/full", "wb") as full:
-            process = cluster.start_s4(*arguments, stdout=full)
+            process = cluster.start_s4(*arguments, stdout=full, env={"PYTHONUNBUFFERED": unbuffered})
             _out, err = process.communicate(timeout=20)
         assert process.returncode == 1
         assert err.startswith(b"fatal: ") and b"No space left" in err and err.count(b"\n") == 1, err
