@@ -53,10 +53,15 @@ commands: {", ".join(_COMMANDS)}
 
 def main() -> NoReturn:
     """Run `s4` with the arguments of this process, and exit."""
+    code = INTERRUPTED
     try:
         code = _exit_code(sys.argv[1:])
-    except KeyboardInterrupt:  # one more, while it was said what the first one did
-        code = INTERRUPTED
+        try:
+            sys.stderr.flush()  # what an eval wrote there
+        except OSError:
+            pass  # as in text.say
+    except KeyboardInterrupt:
+        pass  # one more, while it was said what the first one did
     # Nothing is left to flush, and threads that wait for a dead server must not hold the exit up.
     os._exit(code)
 

@@ -300,6 +300,7 @@ def test_a_stderr_that_cannot_be_written_changes_no_exit_code(cluster: Cluster, 
         (["cp", f"{bucket}/none", "-"], 1),
         (["map", f"{bucket}/in/", f"{bucket}/out/", "sleep 0.3; cat"], 0),
         (["map", f"{bucket}/in/", f"{bucket}/out/", "cat"], 1),
+        (["eval", f"{bucket}/in/000", "echo said >&2; exit 7"], 7),
     ):
         with open("/dev/full", "wb") as full:
             assert cluster.start_s4(*arguments, stderr=full).wait(20) == code
