@@ -435,7 +435,7 @@ def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
                     raise LocalFileError(f"{item.file}: {checksum} is the stored checksum, but {found} came")
         except LocalFileError as e:
             failed(item, str(e))
-            over.add(index)
+            over.add(index)  # by now, for the next line may find that the connection broke
             incoming.skip(size - (incoming.taken - before))
         over.add(index)
 

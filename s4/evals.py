@@ -57,7 +57,7 @@ class Evals:
         """Run a command with the data of the key `path` as its input, for at most `timeout` seconds.
 
         `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
-        BusyError, TimeLimitError, CancelledError.
+        ConflictError for an id that was used before, BusyError, TimeLimitError, CancelledError.
         """
         key = self._parts.keys.get(path)
         job = JobRow(job_id, EVAL, url(path), "", command, timeout, alone=True)

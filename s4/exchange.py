@@ -165,7 +165,7 @@ def get_batch(
 def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
     try:
         uuid, port = answer.decode().split()
-    except (ValueError, RecursionError):
+    except ValueError:
         raise NonsenseError(caller.server) from None
     return uuid, _port(caller, port)
 
@@ -173,7 +173,7 @@ def _uuid_and_port(caller: Caller, answer: bytes) -> tuple[str, int]:
 def _port(caller: Caller, text: object) -> int:
     try:
         port = int(str(text))
-    except (ValueError, RecursionError):
+    except ValueError:
         port = 0
     if not 0 < port < 65536:
         raise NonsenseError(caller.server)
