@@ -23,6 +23,7 @@ from s4.workers import processes
 # Stderr is appended to, so that a command's own `>> /dev/stderr` does not write over what was said before.
 # All in one line, for a command is read where `eval` stands: its own lines count from 1, as with `bash -c`.
 # Where the fields of a command cannot be read, those of the one before must not be there any more.
+# SECONDS would count from the start of this bash.
 _LOOP = r"""
 set -m;
 while read -r; do
