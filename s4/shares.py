@@ -295,8 +295,10 @@ class Share:
             variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
         name = self._work_name(attempt)
         collect: str | Destination = "stdout"
+        stdout_bytes = task.bytes_in  # most commands print less; whether more is not known
         if self.job.kind == MAP_TO_N:
             collect = Destination(attempt.target, len(self._parts.conf.servers), self._parts.position)
+            stdout_bytes = 0  # of names
         command = Command(
             self.job.command,
             storage.temporary_folder(name),
@@ -305,6 +307,7 @@ class Share:
             stdin,
             lines,
             variables,
+            stdout_bytes,
         )
         ticket = Ticket(
             Kind.COMPUTE, command, time_limit=self.job.timeout, on_done=self._events.put, group=self.job.id

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,6 +200,33 @@ def test_new_files_are_made_where_few_were_removed(three: Cluster) -> None:
         pytest.skip("only ext4 has the attribute T")
     for folder in (run, node.data / "apart"):
         assert "T" in _output("lsattr", "-d", folder).split()[0], folder
+
+
+@pytest.mark.parametrize("job", ["map", "map-from-n"])
+@pytest.mark.parametrize("printed", [0, 2, 5_000_000], ids=["nothing", "less", "more"])
+def test_disk_space_is_reserved_for_an_output_and_given_back(three: Cluster, job: str, printed: int) -> None:
+    size = 3_000_000
+    folder, key = f"s4://b/{job}-{printed}/", f"s4://b/{job}-{printed}-out/000_x"
+    three.put(f"{folder}000_x", bytes(size))
+    look = "stat -L -c '%s %b' /proc/$BASHPID/fd/1 >&2"
+    three.s4(job, folder, key.removesuffix("000_x"), f"{look}; head -c {printed} /dev/zero")
+    node = three.owner(key)
+    path = key.removeprefix("s4://")
+    [(said,)] = node.rows("SELECT stderr FROM stderrs JOIN keys USING (job) WHERE path = ?", path)
+    at_first, blocks = map(int, said.split())
+    assert at_first == 0
+    if _can_reserve(node.data):
+        assert 512 * blocks >= size, "no space is reserved"
+    found = node.path_of(key).stat()
+    assert found.st_size == printed
+    assert 512 * found.st_blocks <= printed + 64 * 1024, "space stays reserved"
+
+
+def _can_reserve(folder: Path) -> bool:
+    """Whether the file system can, and there is a command to find out."""
+    with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        command = ("fallocate", "--keep-size", "--length", "4096", probe.name)
+        return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _output(*command: str | Path) -> str:

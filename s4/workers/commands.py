@@ -9,7 +9,7 @@ from s4.errors import MissingError, S4Error
 from s4.keys import owner, parse_key
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail
+from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail, reserved
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
@@ -38,9 +38,10 @@ class Commands:
                     f.writelines(line + "\n" for line in task.input_lines)
             elif not os.path.exists(stdin):  # removed while the task waited
                 raise MissingError(f"its input is gone: {os.strerror(errno.ENOENT)}")
-            exitcode, usage = self._shell.run(
-                task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
-            )
+            with reserved(stdout, task.stdout_bytes):
+                exitcode, usage = self._shell.run(
+                    task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
+                )
             outputs: list[StoredFile] = []
             errors: StoredFile | None = None
             problem = ""

@@ -21,6 +21,7 @@ from s4.errors import S4Error
 from s4.workers import processes
 
 # Stderr is appended to, so that a command's own `>> /dev/stderr` does not write over what was said before.
+# Stdout, which is empty or not there, is not truncated: that would give back the space reserved for it.
 # All in one line, for a command is read where `eval` stands: its own lines count from 1, as with `bash -c`.
 # Where the fields of a command cannot be read, those of the one before must not be there any more.
 # SECONDS would count from the start of this bash.
@@ -30,7 +31,7 @@ while read -r; do
     s4_job=();
     mapfile -d '' -t s4_job <"$1";
     (
-        exec 2>>"${s4_job[3]}" >"${s4_job[2]}" <"${s4_job[1]}" || exit;
+        exec 2>>"${s4_job[3]}" 1<>"${s4_job[2]}" <"${s4_job[1]}" || exit;
         cd -- "${s4_job[0]}" || exit;
         export "${s4_job[@]:5}";
         s4_command=${s4_job[4]};

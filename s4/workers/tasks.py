@@ -77,7 +77,8 @@ class Command:
     finished outputs. Input: the file `stdin`, or the lines of `input_lines`. Answers Ran.
 
     `collect` says what becomes of its output: "stdout" (one file), "eval" (stdout and stderr, whatever the
-    exit code), or a Destination for the files that stdout names.
+    exit code), or a Destination for the files that stdout names. `stdout_bytes` is how much the command may
+    print, as far as one can know before: disk space is reserved for so much.
     """
 
     command: str
@@ -87,6 +88,7 @@ class Command:
     stdin: str | None = None
     input_lines: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    stdout_bytes: int = 0
 
 
 @dataclass(frozen=True)
