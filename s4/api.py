@@ -30,7 +30,6 @@ from s4.evals import EvalOutput
 from s4.exchange import MAX_BATCH_KEYS
 from s4.http import EXITCODE_HEADER, FINGERPRINT_HEADER, STDERR_SIZE_HEADER
 from s4.index.keys import ListRow
-from s4.inputs import MAP, MAP_FROM_N, MAP_TO_N
 from s4.job_api import (
     Cancel,
     Job,
@@ -59,6 +58,7 @@ from s4.parameters import (
     query_of,
     whole_number,
 )
+from s4.states import MAP, MAP_FROM_N, MAP_TO_N
 from s4.streams import BLOCK
 from s4.transfers import Prepared
 

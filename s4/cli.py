@@ -17,7 +17,7 @@ import os
 import sys
 
 from s4.config import NO_CONF, NO_CONF_HINT
-from s4.errors import FAILED, INTERRUPTED, MISUSE, MisuseError, NodeError, S4Error
+from s4.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSE, MisuseError, NodeError, S4Error
 from s4.lean import fire, inspect
 from s4.text import say
 from s4.words import Line, Usage, command_of
@@ -53,7 +53,7 @@ commands: {", ".join(_COMMANDS)}
 
 def main() -> NoReturn:
     """Run `s4` with the arguments of this process, and exit."""
-    code = INTERRUPTED
+    code = EXIT_INTERRUPTED
     try:
         code = _exit_code(sys.argv[1:])
         try:
@@ -81,7 +81,7 @@ def _exit_code(words: Sequence[str]) -> int:
         return _CLOSED_PIPE
     except KeyboardInterrupt as e:
         say(f"fatal: interrupted{': ' if e.args else ''}{e}")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except S4Error as e:
         if os.environ.get("S4_DEBUG") == "1":
             raise
@@ -99,7 +99,7 @@ def _exit_code(words: Sequence[str]) -> int:
             say(f"fatal: stdout: {e.strerror}")
         else:
             say(f"fatal: {str(e) or repr(e)}; S4_DEBUG=1 shows where")
-        return FAILED
+        return EXIT_FAILED
 
 
 def _open_standard_streams() -> None:
@@ -134,7 +134,7 @@ def _run(words: Sequence[str]) -> int:
     if not name:
         wants_help = Usage(name, []).read(rest).wants_help
         print(_USAGE, file=sys.stdout if wants_help else sys.stderr)
-        return 0 if wants_help else MISUSE
+        return 0 if wants_help else EXIT_MISUSE
     method = name.replace("-", "_")
     show: Callable[..., int] = getattr(import_module(_COMMANDS[name]), f"show_{method}")
     shown = [show, getattr(Client, method)] if hasattr(Client, method) else [show]

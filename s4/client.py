@@ -84,7 +84,11 @@ class Client:
 
         def start(server: str) -> "Iterator[list[Entry]]":
             caller = self.caller(server)
-            return rows(caller, caller.open("GET", path, parameters))
+            try:
+                return rows(caller, caller.open("GET", path, parameters))
+            except BaseException:
+                caller.close()
+                raise
 
         return without_repeats(merge(at_once(start, self.servers())))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from s4.config import NO_CONF, NO_CONF_HINT
-from s4.errors import FAILED
+from s4.errors import EXIT_FAILED
 from s4.text import say
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
@@ -30,7 +30,7 @@ def show_ls(client: Any, *words: str, **options: Any) -> int:
             lines.clear()
             found = True
     sys.stdout.write("".join(lines))
-    return 0 if found or lines else FAILED
+    return 0 if found or lines else EXIT_FAILED
 
 
 def show_rm(client: Any, *words: str, **options: Any) -> int:
@@ -54,7 +54,7 @@ def show_health(client: Any) -> int:
             say(f"{server}: {problem}")
     if any(found.values()) and client.conf_source == NO_CONF:
         say(NO_CONF_HINT)
-    return FAILED if any(found.values()) else 0
+    return EXIT_FAILED if any(found.values()) else 0
 
 
 def show_servers(client: Any) -> int:

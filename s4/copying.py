@@ -384,6 +384,9 @@ def _put_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str]
                     unsized.append(item)
                 else:
                     sent, checksum = send_hashed(sock, fd, item.size)
+            except OSError:
+                sent = os.lseek(fd, 0, os.SEEK_CUR)  # what was read before the failure went out
+                raise
             finally:
                 os.close(fd)
             if sent != item.size:

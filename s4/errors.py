@@ -1,16 +1,16 @@
 """The error tree. All that s4 raises on purpose is an S4Error, whose text is the one line a user sees."""
 
 # Exit codes of the `s4` command.
-FAILED = 1
-MISUSE = 2
-UNREACHABLE = 3
-INTERRUPTED = 130
+EXIT_FAILED = 1
+EXIT_MISUSE = 2
+EXIT_UNREACHABLE = 3
+EXIT_INTERRUPTED = 130
 
 
 class S4Error(Exception):
     """Base of all errors of s4. `str(error)` names the key, file or node and says what to do."""
 
-    exit_code = FAILED
+    exit_code = EXIT_FAILED
 
     def __reduce__(self) -> "tuple[object, ...]":
         return _unpickled, (type(self), self.args, self.__dict__)
@@ -34,7 +34,7 @@ def rebuilt(name: str, message: str) -> S4Error:
 class MisuseError(S4Error):
     """The command line was not understood: unknown command, option, number of arguments, or bad value."""
 
-    exit_code = MISUSE
+    exit_code = EXIT_MISUSE
 
 
 class ConfError(S4Error):
@@ -112,7 +112,7 @@ class NonsenseError(NodeError):
 class UnreachableError(NodeError):
     """A node that a job, or a question about one, needs cannot be reached."""
 
-    exit_code = UNREACHABLE
+    exit_code = EXIT_UNREACHABLE
 
 
 class DamagedIndexError(S4Error):

@@ -17,10 +17,10 @@ from s4.errors import (
     WorkerDiedError,
 )
 from s4.index import Counts, JobRow, NewTask, TaskChange
-from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, STOPPED
-from s4.inputs import EVAL
+from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
-from s4.shares import Parts, exit_text, signal_of
+from s4.shares import Services, exit_text, signal_of
+from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
 from s4.waiting import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Ran
@@ -45,8 +45,8 @@ class EvalOutput:
 class Evals:
     """The evals of a node; `gate` bounds how many run or wait."""
 
-    def __init__(self, parts: Parts, gate: Gate) -> None:
-        self._parts = parts
+    def __init__(self, services: Services, gate: Gate) -> None:
+        self._services = services
         self._gate = gate
         self._running: dict[str, Ticket] = {}
         self._unrecorded: list[tuple[JobRow, TaskChange, str, str | None]] = []
@@ -59,9 +59,9 @@ class Evals:
         `abandoned()` says whether the caller is gone; the command is ended then. Raises MissingError,
         ConflictError for an id that was used before, BusyError, TimeLimitError, CancelledError.
         """
-        key = self._parts.keys.get(path)
+        key = self._services.keys.get(path)
         job = JobRow(job_id, EVAL, url(path), "", command, timeout, alone=True)
-        task = NewTask(self._parts.position, path, 1, key.size)
+        task = NewTask(self._services.position, path, 1, key.size)
         ticket = self._ticket(job, task)
         with self._gate.waiting():
             if self._running.setdefault(job_id, ticket) is not ticket:
@@ -73,7 +73,7 @@ class Evals:
                 del self._running[job_id]
 
     def _ticket(self, job: JobRow, task: NewTask) -> Ticket:
-        storage = self._parts.storage
+        storage = self._services.storage
         work = f"{job.id}.{task.task}.1"
         environment = {
             "filename": name_of(task.input),
@@ -96,20 +96,20 @@ class Evals:
     def _run(self, job: JobRow, task: NewTask, ticket: Ticket, abandoned: Callable[[], bool]) -> EvalOutput:
         recorded = False
         try:
-            self._parts.pool.submit(ticket)
-            wait_for_slot(self._parts.pool, ticket)  # who is turned away here comes again with the same id
-            self._parts.jobs.begin(job)
+            self._services.pool.submit(ticket)
+            wait_for_slot(self._services.pool, ticket)  # who is turned away here comes again with the same id
+            self._services.jobs.begin(job)
             recorded = True
-            self._parts.jobs.add_tasks(job.id, [task])
-            self._parts.jobs.listed(job.id, Counts(tasks=1))
+            self._services.jobs.add_tasks(job.id, [task])
+            self._services.jobs.listed(job.id, Counts(tasks=1))
             ran = self._wait(ticket, abandoned)
         except BaseException as e:
-            self._parts.pool.cancel(ticket, S4Error("the eval failed"))
+            self._services.pool.cancel(ticket, S4Error("the eval failed"))
             with contextlib.suppress(S4Error):
                 ticket.result()
             if recorded:
                 self._record_failure(job, task, ticket, e)
-            self._parts.storage.discard(job.id)
+            self._services.storage.discard(job.id)
             if isinstance(e, (MissingError, TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
                 e.args = (f"{url(task.input)}: {e}",)  # who raised it knows the command, but not its key
             raise
@@ -117,7 +117,7 @@ class Evals:
 
     def _check_new(self, job_id: str) -> None:
         with contextlib.suppress(MissingError):
-            self._parts.jobs.share(job_id)
+            self._services.jobs.share(job_id)
             raise ConflictError(f"job {job_id} ran already")
 
     def _record_failure(self, job: JobRow, task: NewTask, ticket: Ticket, error: BaseException) -> None:
@@ -141,8 +141,8 @@ class Evals:
             self._unrecorded.append((job, change, state, error))
 
     def _record_end(self, job: JobRow, change: TaskChange, state: str, error: str | None) -> None:
-        self._parts.jobs.progress(job.id, [change], Counts(tasks=1))
-        self._parts.jobs.end(job.id, state, error)
+        self._services.jobs.progress(job.id, [change], Counts(tasks=1))
+        self._services.jobs.end(job.id, state, error)
 
     def keep_house(self) -> None:
         """Record ends that could not be recorded, as on a full disk."""
@@ -187,7 +187,7 @@ class Evals:
                 answer = ticket.result(LOOK_SECONDS)
             except TimeoutError:
                 if abandoned():
-                    self._parts.pool.cancel(ticket, CancelledError("the caller went away"))
+                    self._services.pool.cancel(ticket, CancelledError("the caller went away"))
                 continue
             assert isinstance(answer, Ran)
             return answer
@@ -196,7 +196,7 @@ class Evals:
         """End an eval and what it runs; does nothing if there is none of this id."""
         ticket = self._running.get(job_id)
         if ticket is not None:
-            self._parts.pool.cancel(ticket, CancelledError(f"job {job_id} was cancelled"))
+            self._services.pool.cancel(ticket, CancelledError(f"job {job_id} was cancelled"))
             self._wait_until(lambda: job_id not in self._running)
 
     def wait(self) -> None:

@@ -10,10 +10,10 @@ import _socket  # for the reason in dial.py
 import os
 from collections.abc import Callable, Sequence
 
-from s4.errors import BadRequestError, ConflictError, MissingError, NonsenseError, S4Error, TransferError
-from s4.http import Caller
+from s4.errors import MissingError, NonsenseError, S4Error, TransferError
+from s4.http import ERROR_OF_STATUS, Caller
 from s4.keys import url
-from s4.leanjson import dumps, loads
+from s4.leanjson import dumps, read_answer
 from s4.streams import Incoming, send_hashed, wait_for_bytes
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MAX_BATCH_KEYS = 200  # a worker gets their descriptors in one message, and the kernel's limit is 253
 MAX_BATCH_BYTES = 64 * 1024 * 1024  # so that large files spread over several connections
-
-_REFUSALS: dict[int, type[S4Error]] = {400: BadRequestError, 404: MissingError, 409: ConflictError}
 
 
 def put_one(caller: Caller, path: str, source: int, size: int | None, name: str) -> None:
@@ -105,7 +103,8 @@ def put_batch(
     Returns per key None or why it was refused. Raises S4Error when the batch as a whole failed.
     """
     body = dumps([[url(path), *rest] for path, *rest in keys])
-    answer = _object(caller, caller.call("POST", "/prepare_puts", {"job": job} if job else None, body))
+    said = caller.call("POST", "/prepare_puts", {"job": job} if job else None, body)
+    answer = read_answer(caller.server, said, dict)
     refused = _refusals(caller, answer, len(keys))
     wanted = [i for i, error in enumerate(refused) if error is None]
     if not wanted:
@@ -131,7 +130,8 @@ def put_batch(
         raise broken or TransferError(f"{caller.server} gave up a transfer") from None
     if broken is not None:
         raise broken
-    for i, error in zip(wanted, _refusals(caller, _object(caller, confirmed), len(wanted)), strict=True):
+    answer = read_answer(caller.server, confirmed, dict)
+    for i, error in zip(wanted, _refusals(caller, answer, len(wanted)), strict=True):
         refused[i] = error
     return refused
 
@@ -144,7 +144,7 @@ def get_batch(
     Returns per key None or why the node does not have it. Raises S4Error when the batch as a whole failed.
     """
     body = dumps([url(path) for path in paths])
-    answer = _object(caller, caller.call("POST", "/prepare_gets", body=body))
+    answer = read_answer(caller.server, caller.call("POST", "/prepare_gets", body=body), dict)
     refused = _refusals(caller, answer, len(paths))
     wanted = [i for i, error in enumerate(refused) if error is None]
     if not wanted:
@@ -180,20 +180,10 @@ def _port(caller: Caller, text: object) -> int:
     return port
 
 
-def _object(caller: Caller, answer: bytes) -> "dict[str, Any]":
-    try:
-        found = loads(answer)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise NonsenseError(caller.server)
-    return found
-
-
 def _refusals(caller: Caller, answer: "dict[str, Any]", count: int) -> list[S4Error | None]:
     try:
         found = [
-            None if refusal is None else _REFUSALS.get(refusal[0], S4Error)(str(refusal[1]))
+            None if refusal is None else ERROR_OF_STATUS.get(refusal[0], S4Error)(str(refusal[1]))
             for refusal in answer["refused"]
         ]
     except (KeyError, TypeError, IndexError):

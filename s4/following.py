@@ -6,25 +6,13 @@ import threading
 import time
 from collections.abc import Mapping
 
+from s4.asking import SILENCE_SECONDS
 from s4.errors import BusyError, MissingError, S4Error
-from s4.jobcalls import cancel, read_json, tasks_of
-from s4.reaching import SILENCE_SECONDS
+from s4.jobcalls import cancel, tasks_of
+from s4.leanjson import read_answer
 from s4.record import replace
-from s4.summary import (
-    CANCELLED,
-    FAILED,
-    INTERRUPTED,
-    LOST,
-    MISSING,
-    RUNNING,
-    JobSummary,
-    Part,
-    ShareStatus,
-    Task,
-    lost_part,
-    part_of,
-    summarize,
-)
+from s4.states import CANCELLED, FAILED, INTERRUPTED, LOST, MISSING, RUNNING
+from s4.summary import JobSummary, Part, ShareStatus, Task, lost_part, part_of, summarize
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -160,7 +148,7 @@ class Follower:
     def _ask(self, caller: Caller) -> ShareStatus:
         parameters = {"job": self._share.id, "wait": repr(POLL_SECONDS)}
         answer = caller.call("GET", "/job", parameters, silence=SILENCE_SECONDS)
-        return ShareStatus.read(caller.server, read_json(caller.server, answer))
+        return ShareStatus.read(caller.server, read_answer(caller.server, answer, dict))
 
     def _summary(self) -> JobSummary:
         parts = []

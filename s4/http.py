@@ -19,6 +19,7 @@ from s4.errors import (
     ConflictError,
     MissingError,
     NodeError,
+    NonsenseError,
     OverlapError,
     S4Error,
     StoppingError,
@@ -45,7 +46,7 @@ _DIGITS = frozenset("0123456789")
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~")
 
-_ERRORS: dict[int, type[S4Error]] = {
+ERROR_OF_STATUS: dict[int, type[S4Error]] = {
     400: BadRequestError,
     404: MissingError,
     409: ConflictError,
@@ -55,7 +56,7 @@ _ERRORS: dict[int, type[S4Error]] = {
 }
 
 
-class _NonsenseError(Exception):
+class _NotHttpError(Exception):
     """What came is not HTTP as a node speaks it."""
 
 
@@ -76,7 +77,7 @@ class Response:
         self._chunked = coding is not None
         if self._chunked:
             if length is not None or coding != "chunked":
-                raise _NonsenseError
+                raise _NotHttpError
         else:
             # A body without a length would look whole when it broke off; nodes do not send any.
             self._left = _number(length or "", _DIGITS, 10)
@@ -101,7 +102,7 @@ class Response:
 
     def _next_chunk(self) -> None:
         if not self._first_chunk and self._connection.line():
-            raise _NonsenseError  # the chunk before is longer than it said
+            raise _NotHttpError  # the chunk before is longer than it said
         self._first_chunk = False
         self._left = _number(self._connection.line().partition(";")[0].strip(), _HEX_DIGITS, 16)
         if self._left == 0:
@@ -112,7 +113,7 @@ class Response:
 def _number(text: str, digits: frozenset[str], base: int) -> int:
     # int() alone takes signs, spaces and underscores too.
     if not text or len(text) > _MAX_DIGITS or not digits.issuperset(text):
-        raise _NonsenseError
+        raise _NotHttpError
     return int(text, base)
 
 
@@ -136,11 +137,11 @@ class _Connection:
         while len(self._data) < self._start + 7 and self._begins_like_http() and self._receive():
             pass
         if not self._begins_like_http():
-            raise _NonsenseError
+            raise _NotHttpError
         version, _space, rest = self.line().partition(" ")
         status = rest.partition(" ")[0]
         if version not in ("HTTP/1.0", "HTTP/1.1") or len(status) != 3:
-            raise _NonsenseError
+            raise _NotHttpError
         headers = self.headers()
         self.kept = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
         return _number(status, _DIGITS, 10), headers
@@ -156,7 +157,7 @@ class _Connection:
             size += len(line)
             name, colon, value = line.partition(":")
             if not colon or not name or name != name.strip() or size > _MAX_HEAD:
-                raise _NonsenseError
+                raise _NotHttpError
             name, value = name.lower(), value.strip()
             found[name] = f"{found[name]}, {value}" if name in found else value
         return found
@@ -165,13 +166,13 @@ class _Connection:
         """The next line, without its end."""
         while (end := self._data.find(b"\r\n", self._start)) < 0:
             if len(self._data) - self._start > _MAX_HEAD:
-                raise _NonsenseError
+                raise _NotHttpError
             if not self._receive():
                 raise _BrokenOffError
         line = self._data[self._start : end]
         self._start = end + 2
         if b"\n" in line:
-            raise _NonsenseError
+            raise _NotHttpError
         return line.decode("latin-1")
 
     def take(self, size: int) -> bytes:
@@ -280,7 +281,7 @@ class Caller:
                 text = response.read().decode("utf-8", "replace").strip()
             if response.status != 429 or time.monotonic() + pause > give_up:
                 message = text or f"{self.server} answered {response.status} without a reason"
-                raise _ERRORS.get(response.status, S4Error)(" ".join(message.split()))
+                raise ERROR_OF_STATUS.get(response.status, S4Error)(" ".join(message.split()))
             self._pause(pause * (0.5 + os.urandom(1)[0] / 512))  # callers must not come back all at once
             pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -355,18 +356,19 @@ class _Reading:
         pass
 
     def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
+        server = self._caller.server
         if isinstance(e, TimeoutError):
-            what = "no answer in time"
+            error = NodeError(server, "no answer in time")
         elif isinstance(e, OSError):
-            what = f"cannot be reached: {e.strerror or e}"
+            error = NodeError(server, f"cannot be reached: {e.strerror or e}")
         elif isinstance(e, _BrokenOffError):
-            what = "the answer broke off"
-        elif isinstance(e, (_NonsenseError, ValueError)):
-            what = "its answer makes no sense"
+            error = NodeError(server, "the answer broke off")
+        elif isinstance(e, (_NotHttpError, ValueError)):
+            error = NonsenseError(server)
         else:
             return
         self._caller.close()
-        raise NodeError(self._caller.server, what) from e
+        raise error from e
 
 
 def _quote(text: str) -> str:

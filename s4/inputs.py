@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from s4.config import Conf
-from s4.index import JobIndex, JobRow, KeyIndex
-from s4.index.jobs import DONE, RUNNING
+from s4.index import JobIndex, JobRow, KeyIndex, Maker
 from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of
-from s4.remains import Maker, Remains
-
-MAP, MAP_TO_N, MAP_FROM_N = "map", "map-to-n", "map-from-n"
-EVAL = "eval"  # recorded as a job, but it has no folders
+from s4.remains import Remains
+from s4.states import DONE, MAP, MAP_FROM_N, MAP_TO_N, RUNNING
 
 
 class Input(NamedTuple):

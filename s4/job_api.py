@@ -10,10 +10,8 @@ from typing import Any
 import falcon
 
 from s4.errors import BadRequestError, S4Error
-from s4.index import JobRow, ShareRow
-from s4.index.jobs import RUNNING, TASK_STATES
+from s4.index import JobRow, Maker, ShareRow
 from s4.index.schema import schema
-from s4.inputs import EVAL, MAP, MAP_FROM_N, MAP_TO_N
 from s4.jobs import row_of
 from s4.keys import url
 from s4.node import Node
@@ -34,6 +32,7 @@ from s4.parameters import (
     whole_number,
     whole_of,
 )
+from s4.states import EVAL, MAP, MAP_FROM_N, MAP_TO_N, RUNNING, TASK_STATES
 
 DEFAULT_ROWS = 100_000  # of an SQL query
 BLOCK_BYTES = 64 * 1024  # of its answer that are sent together
@@ -194,12 +193,12 @@ class RemoveOutputs:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         try:
             makers = [
-                (str(folder), checked_job_id(job), task)
+                Maker(str(folder), checked_job_id(job), task)
                 for folder, job, task in json.loads(req.bounded_stream.read())
             ]
         except (ValueError, TypeError, RecursionError):
             makers = []
-        if not makers or not all(is_size(task) for _folder, _job, task in makers):
+        if not makers or not all(is_size(maker.task) for maker in makers):
             raise BadRequestError("the body must be a JSON list of [folder, job, task]")
         self._node.remove_made(needed(query_of(req), "prefix"), makers)
         resp.text = "removed"

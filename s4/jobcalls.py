@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s4.errors import MissingError, NonsenseError
-from s4.leanjson import dumps, loads
-from s4.reaching import SILENCE_SECONDS, ask, reaching
+from s4.asking import SILENCE_SECONDS, ask, reaching
+from s4.errors import MissingError
+from s4.leanjson import dumps, read_answer
 from s4.summary import PlanPart, ShareStatus, Task
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from s4.client import Client
 
 CANCEL_SECONDS = 15.0  # a node that has not ended its share in so long does not answer
-
-
-def read_json(server: str, answer: bytes) -> Any:
-    """The value of a JSON text. Raises NodeError."""
-    try:
-        return loads(answer)
-    except (ValueError, RecursionError):
-        raise NonsenseError(server) from None
 
 
 def submit(client: Client, server: str, path: str, request: dict[str, Any]) -> ShareStatus:
@@ -45,17 +37,14 @@ def shares(client: Client, server: str, **parameters: str) -> list[ShareStatus]:
     """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
     answer = ask(client, server, "GET", "/jobs", parameters, silence=SILENCE_SECONDS)
     with reaching(server):
-        found = read_json(server, answer)
-        if not isinstance(found, list):
-            raise NonsenseError(server)
-        return [ShareStatus.read(server, value) for value in found]
+        return [ShareStatus.read(server, value) for value in read_answer(server, answer, list)]
 
 
 def plan(client: Client, server: str, request: dict[str, Any]) -> PlanPart:
     """What a node would have to do for a job."""
     answer = ask(client, server, "POST", "/plan", None, dumps(request), silence=client.timeout)
     with reaching(server):
-        return PlanPart.read(server, read_json(server, answer))
+        return PlanPart.read(server, read_answer(server, answer, dict))
 
 
 def tasks_of(
@@ -77,4 +66,4 @@ def tasks_of(
 
 def _share(server: str, answer: bytes) -> ShareStatus:
     with reaching(server):
-        return ShareStatus.read(server, read_json(server, answer))
+        return ShareStatus.read(server, read_answer(server, answer, dict))

@@ -11,7 +11,8 @@ from s4.jobcontrol import JobError
 from s4.progress import columns, watch_for
 from s4.record import asdict
 from s4.report import ending
-from s4.summary import FAILED, JobSummary, Task
+from s4.states import FAILED
+from s4.summary import JobSummary, Task
 from s4.text import as_typed, pairs, say
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from s4 import jobcalls
-from s4.asking import at_once
+from s4.asking import at_once, check_all_reachable, down, each
 from s4.config import MAX_TIMEOUT
 from s4.errors import (
-    FAILED,
-    UNREACHABLE,
+    EXIT_FAILED,
+    EXIT_UNREACHABLE,
     BadRequestError,
     ConflictError,
     MissingError,
@@ -21,16 +21,10 @@ from s4.errors import (
 )
 from s4.following import Follower, Watch
 from s4.keys import check_job_folders, new_job_id, with_scheme
-from s4.reaching import check_all_reachable, down, each
 from s4.record import asdict, record, replace
 from s4.report import ending, failure_lines
+from s4.states import DONE, EVAL, LOST, MISSING, RUNNING, UNKNOWN
 from s4.summary import (
-    DONE,
-    EVAL,
-    LOST,
-    MISSING,
-    RUNNING,
-    UNKNOWN,
     JobSummary,
     PlanPart,
     ShareStatus,
@@ -62,7 +56,7 @@ class JobError(S4Error):
         super().__init__(text)
         self.summary = summary
         self.failures = list(failures)
-        self.exit_code = UNREACHABLE if summary.unreachable else FAILED
+        self.exit_code = EXIT_UNREACHABLE if summary.unreachable else EXIT_FAILED
 
 
 @record
@@ -148,9 +142,7 @@ def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     job, began = new_job_id(), time.monotonic()
     with _Cancelling(client, job, watch):
         summary = _follow(client, _submit(client, request, job), watch, began)
-    if summary.state == DONE and summary.tasks == 0 and not request.skip_existing:
-        raise JobError(summary, f"nothing to map: no keys in {request.indir}")
-    return _ended_well(summary)
+    return _ended_well(summary, may_be_empty=request.skip_existing)
 
 
 def start(client: Client, request: Request) -> str:
@@ -204,7 +196,7 @@ def _all_or_none(
 
 
 class _Cancelling:
-    """For a `with`: has a Ctrl-C cancel a job before it goes on its way. (A class as in reaching.py.)"""
+    """For a `with`: has a Ctrl-C cancel a job before it goes on its way. (A class as in asking.py.)"""
 
     def __init__(self, client: Client, job: str, watch: Watch, run: int | None = None) -> None:
         self._client = client
@@ -247,9 +239,11 @@ def _follow(
     return Follower(client, newest, shares, watch, began).wait()
 
 
-def _ended_well(summary: JobSummary) -> JobSummary:
+def _ended_well(summary: JobSummary, *, may_be_empty: bool) -> JobSummary:
     if summary.state != DONE:
         raise JobError(summary, ending(summary), failure_lines(summary))
+    if not summary.tasks and not may_be_empty:
+        raise JobError(summary, f"nothing to map: no keys in {summary.indir}")
     return summary
 
 
@@ -257,7 +251,8 @@ def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
     """Follow a job that runs to its end. Raises JobError if it does not end well."""
     found = find(client, prefix)
     try:
-        return _ended_well(_follow(client, found.shares, watch or Watch()))
+        summary = _follow(client, found.shares, watch or Watch())
+        return _ended_well(summary, may_be_empty=found.share.skip_existing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"job {found.job} goes on; s4 wait {found.job}") from None
 
@@ -323,7 +318,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         if detach:
             return Found(found.job, {**shares}, {}).summary()
         summary = _follow(client, shares, watch, began)
-    return _ended_well(summary)
+    return _ended_well(summary, may_be_empty=share.skip_existing)
 
 
 def find(client: Client, prefix: str) -> Found:

@@ -23,9 +23,9 @@ from s4.errors import (
 )
 from s4.http import Caller
 from s4.index import JobRow, ShareRow
-from s4.index.jobs import DONE, FAILED, RUNNING
 from s4.inputs import Inputs
-from s4.shares import Parts, Share
+from s4.shares import Services, Share
+from s4.states import DONE, FAILED, RUNNING
 
 MAX_RUNNING = 200  # shares at once; each has a thread
 CANCELLED_SECONDS = 3600.0  # how long a cancelled job that never began here is remembered
@@ -38,8 +38,8 @@ log = logging.getLogger("s4.job")
 class Jobs:
     """The jobs of this node."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self._running: dict[str, Share] = {}
         self._cancelled: dict[str, tuple[int, float]] = {}  # before they began: run, and when (monotonic)
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class Jobs:
         ConflictError if the id is taken by other work, OverlapError if `no_overlap` and a twin runs,
         BusyError. A share that was cancelled before it came is recorded as such.
         """
-        share = Share(self._parts, job)
+        share = Share(self._services, job)
         with self._lock:
             known = self._known(job)
             if known is not None:
@@ -59,12 +59,12 @@ class Jobs:
             if no_overlap:
                 self._check_overlap(job)
             self._check_room()
-            self._parts.jobs.begin(job)
+            self._services.jobs.begin(job)
             return self._start(share)
 
     def _known(self, job: JobRow) -> Share | ShareRow | None:
         try:
-            known = self._running.get(job.id) or self._parts.jobs.share(job.id)
+            known = self._running.get(job.id) or self._services.jobs.share(job.id)
         except MissingError:
             return None
         if not known.job.same_work(job):
@@ -74,7 +74,7 @@ class Jobs:
     def _check_overlap(self, job: JobRow) -> None:
         for share in self._running.values():
             if share.job.same_work(job) and not share.ended.is_set():
-                raise OverlapError(f"job {share.job.id} is still running on {self._parts.server}")
+                raise OverlapError(f"job {share.job.id} is still running on {self._services.server}")
 
     def _check_room(self) -> None:
         if len(self._running) >= MAX_RUNNING:
@@ -89,8 +89,8 @@ class Jobs:
             share.start(self._ended)
         except RuntimeError as e:  # the system gives no further thread
             del self._running[share.job.id]
-            error = f"job {share.job.id} cannot be started on {self._parts.server}: {e}"
-            self._parts.jobs.end(share.job.id, FAILED, error)
+            error = f"job {share.job.id} cannot be started on {self._services.server}: {e}"
+            self._services.jobs.end(share.job.id, FAILED, error)
             raise S4Error(error) from e
         return share
 
@@ -109,16 +109,19 @@ class Jobs:
                     if known.ended.is_set()
                     else "still running: wait or cancel it"
                 )
-                raise ConflictError(f"job {job.id} on {self._parts.server}: {how}")
-            if known is not None and (known.state == DONE or known.job.run >= job.run):
+                raise ConflictError(f"job {job.id} on {self._services.server}: {how}")
+            if known is not None and known.job.run >= job.run:
                 return known
+            if known is not None and known.state == DONE:
+                self._services.jobs.pass_over(job.id, job.run)
+                return self._services.jobs.share(job.id)
             self._check_room()
             if known is None:
-                share = Share(self._parts, job)
-                self._parts.jobs.begin(job)
+                share = Share(self._services, job)
+                self._services.jobs.begin(job)
             else:
-                self._parts.jobs.begin_again(job.id, job.run)
-                share = Share(self._parts, self._parts.jobs.share(job.id).job, again=True)
+                self._services.jobs.begin_again(job.id, job.run)
+                share = Share(self._services, self._services.jobs.share(job.id).job, again=True)
             return self._start(share)
 
     def _ended(self, share: Share) -> None:
@@ -129,11 +132,11 @@ class Jobs:
             threading.Thread(target=self._cancel_elsewhere, args=(share.job,), daemon=True).start()
 
     def _cancel_elsewhere(self, job: JobRow) -> None:
-        for position, server in enumerate(self._parts.conf.servers):
-            if position == self._parts.position:
+        for position, server in enumerate(self._services.conf.servers):
+            if position == self._services.position:
                 continue
             try:
-                with Caller(str(server), self._parts.conf.fingerprint, TELL_SECONDS) as caller:
+                with Caller(str(server), self._services.conf.fingerprint, TELL_SECONDS) as caller:
                     caller.call("POST", "/cancel", {"job": job.id, "run": str(job.run)})
             except MissingError:  # it has not begun there, and never will now
                 pass
@@ -149,7 +152,7 @@ class Jobs:
             share = self._running.get(job_id)
             if share is None:
                 try:
-                    ended = self._parts.jobs.share(job_id)
+                    ended = self._services.jobs.share(job_id)
                 except MissingError:
                     self._cancelled[job_id] = (run or 1, time.monotonic())
                     raise
@@ -168,18 +171,19 @@ class Jobs:
     def status(self, job_id: str) -> ShareRow:
         """How far a share is, or how it ended. Raises MissingError."""
         share = self._running.get(job_id)
-        return self._parts.jobs.share(job_id) if share is None else share.row()
+        return self._services.jobs.share(job_id) if share is None else share.row()
 
     def newest(self, prefix: str, limit: int, *, running: bool) -> list[ShareRow]:
         """The newest shares whose id starts with `prefix`; of those that run all, if `running`."""
         if running:
             return [share.row() for share in list(self._running.values()) if share.job.id.startswith(prefix)]
-        rows = self._parts.jobs.shares(prefix, limit)
+        rows = self._services.jobs.shares(prefix, limit)
         return [self.status(row.job.id) if row.state == RUNNING else row for row in rows]
 
     def plan(self, job: JobRow) -> dict[str, Any]:
         """What this node's share of a job would be; runs nothing. Sizes in bytes."""
-        inputs = Inputs(job, self._parts.conf, self._parts.position, self._parts.keys, self._parts.jobs)
+        services = self._services
+        inputs = Inputs(job, services.conf, services.position, services.keys, services.jobs)
         tasks = keys = size = largest = existing = 0
         for found in inputs.all():
             tasks += 1
@@ -187,7 +191,7 @@ class Jobs:
             size += found.size
             largest = max(largest, found.size)
             existing += inputs.exists(found.path)
-        disk = os.statvfs(self._parts.storage.root)
+        disk = os.statvfs(services.storage.root)
         return {
             "tasks": tasks,
             "keys": keys,
@@ -200,8 +204,8 @@ class Jobs:
 
     def tasks(self, job_id: str, states: Sequence[str], *, stderr: bool) -> Iterator[list[dict[str, Any]]]:
         """The tasks of a share, in chunks. Raises MissingError."""
-        self._parts.jobs.share(job_id)
-        return self._parts.jobs.tasks(job_id, states, stderr=stderr)
+        self._services.jobs.share(job_id)
+        return self._services.jobs.tasks(job_id, states, stderr=stderr)
 
     def stop(self) -> None:
         """End all shares; they count as interrupted."""

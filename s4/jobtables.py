@@ -4,8 +4,9 @@ import time
 from collections.abc import Sequence
 
 from s4.report import counts, how_it_ended, total
-from s4.summary import FAILED, INTERRUPTED, LOST, MISSING, RUNNING, JobSummary, PlanPart, Task
-from s4.text import as_typed, duration, pairs, printable, shortened, size, table
+from s4.states import FAILED, INTERRUPTED, LOST, MISSING, RUNNING
+from s4.summary import JobSummary, PlanPart, Task
+from s4.text import as_typed, duration, pairs, printable, shortened, size, table, without_controls
 
 # The columns of GNU parallel's --joblog, then our own.
 JOBLOG_COLUMNS = (
@@ -99,13 +100,7 @@ def failed_task(task: Task) -> list[str]:
     stderr = (task.stderr or "").splitlines()
     inputs = f" and {task.inputs - 1} more" if task.inputs > 1 else ""
     head = f"{FAILED}: {task.input}{inputs} on {task.node}: {printable(how_it_ended(task))}"
-    return [head, *(_STDERR_INDENT + _clean(line) for line in stderr)]
-
-
-def _clean(line: str) -> str:
-    """A line as it is, but for control characters."""
-    line = line.encode("utf-8", "backslashreplace").decode().expandtabs()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return [head, *(_STDERR_INDENT + without_controls(line.expandtabs()) for line in stderr)]
 
 
 def joblog_row(task: Task, command: str) -> str:

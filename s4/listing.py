@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from s4.errors import NonsenseError
 from s4.http import Caller, Response
-from s4.leanjson import loads
+from s4.leanjson import read_answer
 from s4.results import Entry
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
@@ -18,12 +18,14 @@ _PATH = attrgetter("path")
 
 
 def rows(caller: Caller, response: Response) -> Iterator[list[Entry]]:
-    """The rows of one node, in chunks. Raises NodeError if the answer is broken or no listing."""
-    for found in json_rows(caller, response):
-        try:
-            yield [Entry(date, time, size, path) for date, time, size, path in found]
-        except (ValueError, TypeError):
-            raise NonsenseError(caller.server) from None
+    """The rows of one node, in chunks, after which `caller` is closed. Raises NodeError if the answer is
+    broken or no listing."""
+    with caller:
+        for found in json_rows(caller, response):
+            try:
+                yield [Entry(date, time, size, path) for date, time, size, path in found]
+            except (ValueError, TypeError):
+                raise NonsenseError(caller.server) from None
 
 
 def json_rows(caller: Caller, response: Response) -> "Iterator[list[Any]]":
@@ -47,11 +49,7 @@ def json_rows(caller: Caller, response: Response) -> "Iterator[list[Any]]":
 
 def _parse(caller: Caller, lines: bytes) -> "list[Any]":
     # A row a line: whole lines are a JSON list but for the brackets and a comma at the end.
-    try:
-        found: list[Any] = loads(b"[" + lines.strip(b",\n") + b"]")
-        return found
-    except (ValueError, RecursionError):
-        raise NonsenseError(caller.server) from None
+    return read_answer(caller.server, b"[" + lines.strip(b",\n") + b"]", list)
 
 
 def merge(streams: list[Iterator[list[Entry]]]) -> Iterator[list[Entry]]:

@@ -7,15 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 
 from s4.config import CONF_ENVIRONMENT, read_conf
-from s4.errors import FAILED, S4Error
+from s4.errors import EXIT_FAILED, S4Error
+from s4.http import Caller
 from s4.workers import processes
 
 START_SECONDS = 20.0
 STOP_SECONDS = 6.0
+ANSWER_SECONDS = 1.0
 
 
 def run_local(nodes: int, folder: str) -> int:
@@ -27,9 +27,12 @@ def run_local(nodes: int, folder: str) -> int:
     folder = os.path.abspath(folder)
     conf = os.path.join(folder, "s4.conf")
     ports = _ports(nodes, folder, conf)
-    taken = next(filter(_healthy, ports), None)
-    if taken is not None:
-        raise S4Error(f"{folder} is in use: a node answers on 127.0.0.1:{taken}; stop that s4-server first")
+    fingerprint = read_conf(conf).fingerprint
+    for port in ports:
+        if _healthy(port, fingerprint):
+            raise S4Error(
+                f"{folder} is in use: a node answers on 127.0.0.1:{port}; stop that s4-server first"
+            )
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopping.append(received))
@@ -40,9 +43,9 @@ def run_local(nodes: int, folder: str) -> int:
         deadline = time.monotonic() + START_SECONDS
         unhealthy = list(ports)
         while unhealthy and not stopping:
-            unhealthy = [port for port in unhealthy if not _healthy(port)]
+            unhealthy = [port for port in unhealthy if not _healthy(port, fingerprint)]
             if _report_dead(running):
-                return FAILED
+                return EXIT_FAILED
             if unhealthy and time.monotonic() > deadline:
                 raise S4Error(f"node on port {unhealthy[0]} does not answer; see its log in {folder}")
             time.sleep(0.05)
@@ -51,7 +54,7 @@ def run_local(nodes: int, folder: str) -> int:
             print(f"export {CONF_ENVIRONMENT}={conf}", flush=True)
         while not stopping:
             if _report_dead(running):
-                return FAILED
+                return EXIT_FAILED
             time.sleep(0.1)
         return 0
     finally:
@@ -104,13 +107,13 @@ def _start(number: int, port: int, folder: str, conf: str) -> "subprocess.Popen[
         )
 
 
-def _healthy(port: int) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+def _healthy(port: int, fingerprint: str) -> bool:
     try:
-        with direct.open(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
+        with Caller(f"127.0.0.1:{port}", fingerprint, ANSWER_SECONDS) as caller:
+            caller.call("GET", "/health")
+    except S4Error:
         return False
+    return True
 
 
 def _report_dead(running: "dict[subprocess.Popen[bytes], str]") -> bool:

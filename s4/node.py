@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from s4.config import Conf
 from s4.errors import BadRequestError, BusyError, WrongNodeError
 from s4.evals import Evals
-from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Records, ShareRow
+from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, Records, ShareRow
 from s4.index.keys import ListRow
 from s4.index.query import run_query
 from s4.jobs import STOP_SECONDS, Jobs, outcome, row_of
 from s4.keys import owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
-from s4.shares import Parts
+from s4.shares import Services
 from s4.storage import Storage
 from s4.transfers import Transfers
 from s4.waiting import Gate
@@ -90,7 +90,7 @@ class Node:
             self.pool,
             Gate(WAITING_TRANSFERS),
         )
-        parts = Parts(
+        services = Services(
             conf,
             position,
             self.keys,
@@ -100,8 +100,8 @@ class Node:
             self.transfers,
             limits.cpu_jobs,
         )
-        self.jobs = Jobs(parts)
-        self.evals = Evals(parts, Gate(limits.cpu_jobs + WAITING_EVALS))
+        self.jobs = Jobs(services)
+        self.evals = Evals(services, Gate(limits.cpu_jobs + WAITING_EVALS))
 
     def own_key(self, text: str) -> str:
         """The path of a key that belongs here. Raises BadKeyError or WrongNodeError."""
@@ -143,14 +143,15 @@ class Node:
         else:
             self.keys.remove(self.own_key(prefix), self.storage.unlink)
 
-    def makers(self, folder: str) -> set[tuple[str, str | None, int | None]]:
-        """(folder, job, task) of all keys here that lie in folders of `folder`. Raises BadRequestError."""
-        return self.keys.makers(parse_folder(folder))
+    def makers(self, folder: str) -> set[Maker]:
+        """All that made keys here in folders of `folder`. Raises BadRequestError, BusyError."""
+        with self.listings.waiting():
+            return self.keys.makers(parse_folder(folder))
 
-    def remove_made(self, folder: str, makers: Sequence[tuple[str, str | None, int | None]]) -> None:
-        """Remove the keys here that tasks made, given as `makers` tells them. Raises S4Error."""
-        for name, _job, _task in makers:
-            parse_folder(f"{folder}{name}/")
+    def remove_made(self, folder: str, makers: Sequence[Maker]) -> None:
+        """Remove the keys here that tasks made, as `makers` tells them. Raises S4Error."""
+        for maker in makers:
+            parse_folder(f"{folder}{maker.folder}/")
         with self.removals.waiting():
             self.keys.remove_made(parse_folder(folder), makers, self.storage.unlink)
 

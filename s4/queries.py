@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from s4.asking import GRACE_SECONDS, at_once
+from s4.asking import GRACE_SECONDS, ask, at_once, down, reaching
 from s4.errors import (
     BadRequestError,
     MissingError,
@@ -13,10 +13,9 @@ from s4.errors import (
     UnreachableError,
     rebuilt,
 )
-from s4.jobcalls import read_json
 from s4.jobcontrol import check_limit
 from s4.keys import parse_key, url, with_scheme
-from s4.reaching import ask, down, reaching
+from s4.leanjson import read_answer
 from s4.record import record
 
 if TYPE_CHECKING:
@@ -71,10 +70,7 @@ def stat(client: "Client", key: str) -> KeyInfo:
 def _object(client: "Client", server: str, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
     answer = ask(client, server, "GET", path, parameters)
     with reaching(server):
-        found = read_json(server, answer)
-        if not isinstance(found, dict):
-            raise NonsenseError(server)
-        return found
+        return read_answer(server, answer, dict)
 
 
 def _key_info(server: str, found: Mapping[str, Any]) -> KeyInfo:
@@ -120,12 +116,19 @@ def sql(client: "Client", query: str, limit: int) -> Result:
 
 def _columns_and_rows(server: str, answer: bytes) -> tuple[list[str], list[list[Value]]]:
     """Raises NodeError for nonsense, S4Error if the query failed under way."""
-    lines = read_json(server, b"[" + b",".join(answer.strip().split(b"\n")) + b"]")
+    lines = read_answer(server, b"[" + b",".join(answer.strip().split(b"\n")) + b"]", list)
     if len(lines) < 2 or not isinstance(lines[-1], dict):
         raise NodeError(server, "the answer broke off")
     if "error" in lines[-1]:
         raise S4Error(str(lines[-1]["error"]))
-    return lines[0], [[_value(value) for value in row] for row in lines[1:-1]]
+    try:
+        columns = [str(name) for name in lines[0]]
+        rows = [[_value(value) for value in row] for row in lines[1:-1]]
+    except (TypeError, KeyError, ValueError):
+        raise NonsenseError(server) from None
+    if any(len(row) != len(columns) for row in rows):
+        raise NonsenseError(server)
+    return columns, rows
 
 
 def _value(value: Any) -> Value:
@@ -141,7 +144,7 @@ def schema(client: "Client") -> list[list[str]]:
     def ask_node(server: str) -> list[list[str]]:
         answer = ask(client, server, "GET", "/schema")
         with reaching(server):
-            return [[str(text or "") for text in row] for row in read_json(server, answer)]
+            return [[str(text or "") for text in row] for row in read_answer(server, answer, list)]
 
     errors = []
     for server in client.servers():

@@ -7,24 +7,15 @@ them all what there is of it, and has them remove what an earlier attempt made.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from s4.config import Conf
 from s4.errors import NodeError, NonsenseError, StoppingError
 from s4.http import Caller
-from s4.index import KeyIndex
+from s4.index import KeyIndex, Maker
 from s4.keys import url
 
 REMOVED_AT_ONCE = 1000  # tasks whose outputs one request removes
 _SECONDS = 60.0  # for the answer of another node
-
-
-class Maker(NamedTuple):
-    """Who made keys in OUTDIR/`folder`/: a task of a job, None for what was not made by a job."""
-
-    folder: str
-    job: str | None
-    task: int | None
 
 
 class Remains:
@@ -46,7 +37,7 @@ class Remains:
 
     def _makers_on(self, position: int) -> Iterable[Maker]:
         if position == self._position:
-            return [Maker(*row) for row in self._keys.makers(self._outdir)]
+            return self._keys.makers(self._outdir)
         answer = self._ask(position, "GET", "/outputs")
         try:
             return [Maker(folder, job, task) for folder, job, task in json.loads(answer)]

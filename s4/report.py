@@ -1,6 +1,7 @@
 """What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
 
-from s4.summary import EVAL, FAILED, INTERRUPTED, LOST, MISSING, JobSummary, Part, Task
+from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
+from s4.summary import JobSummary, Part, Task
 from s4.text import duration, one_line, size
 
 STDERR_SHOWN = 2000

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from s4.jobtables import escaped
 from s4.queries import Result, Value
-from s4.text import table
+from s4.text import table, without_controls
 
 
 def _as_table(result: Result) -> Iterator[str]:
@@ -23,10 +23,7 @@ def _as_table(result: Result) -> Iterator[str]:
 
 
 def _in_table(text: str) -> str:
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in text.replace("\\", "\\\\").replace("|", "\\|")
-    )
+    return without_controls(text.replace("\\", "\\\\").replace("|", "\\|"))
 
 
 def _as_csv(result: Result) -> Iterator[str]:

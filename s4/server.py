@@ -30,7 +30,7 @@ from s4.config import (
     read_conf,
     timeout_setting,
 )
-from s4.errors import FAILED, INTERRUPTED, MISUSE, S4Error, StoppingError
+from s4.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSE, S4Error, StoppingError
 
 if TYPE_CHECKING:
     from s4.node import Node
@@ -80,7 +80,7 @@ def _port(text: str) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"fatal: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(MISUSE)
+        sys.exit(EXIT_MISUSE)
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def main() -> None:
                 _serve(arguments)
     except (S4Error, OSError) as e:
         print(f"fatal: {e}", file=sys.stderr)
-        sys.exit(FAILED)
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -26,12 +26,12 @@ from s4.errors import (
     StoppingError,
     TimeLimitError,
 )
-from s4.index import Counts, JobIndex, JobRow, KeyIndex, NewTask, ShareRow, TaskChange, Transaction
-from s4.index.jobs import CANCELLED, DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, STEP, STOPPED, WAITING
-from s4.inputs import MAP_FROM_N, MAP_TO_N, Inputs
+from s4.index import Counts, JobIndex, JobRow, KeyIndex, Maker, NewTask, ShareRow, TaskChange, Transaction
+from s4.index.jobs import STEP, STOPPED
+from s4.inputs import Inputs
 from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
-from s4.remains import Maker
+from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
 from s4.storage import Storage
 from s4.text import one_line
 from s4.transfers import Finished, Transfers
@@ -49,7 +49,7 @@ log = logging.getLogger("s4.job")
 
 
 @dataclass(frozen=True)
-class Parts:
+class Services:
     """What a share needs of its node, which has the place `position` in the ring."""
 
     conf: Conf
@@ -90,19 +90,19 @@ class _FirstFailure(Exception):
 class Share:
     """A share that runs. `again`: it has run before, and goes on with the tasks that wait in its record."""
 
-    def __init__(self, parts: Parts, job: JobRow, *, again: bool = False) -> None:
+    def __init__(self, services: Services, job: JobRow, *, again: bool = False) -> None:
         self.job = job
         self.ended = threading.Event()
         self.failure: S4Error | None = None
         self.state = RUNNING
         self.end_recorded = False
-        self._parts = parts
-        self._inputs = Inputs(job, parts.conf, parts.position, parts.keys, parts.jobs)
+        self._services = services
+        self._inputs = Inputs(job, services.conf, services.position, services.keys, services.jobs)
         self._listed = False
         self._counts = Counts()
         self._events: queue.SimpleQueue[Ticket | S4Error] = queue.SimpleQueue()
         self._commands: dict[Ticket, _Attempt] = {}
-        self._outbox: Outbox[_Attempt] = Outbox(parts.conf, parts.pool, job.id, self._events.put)
+        self._outbox: Outbox[_Attempt] = Outbox(services.conf, services.pool, job.id, self._events.put)
         self._ready: deque[_Attempt] = deque()
         self._to_repeat: list[_Attempt] = []  # failed, but some of their outputs may be on their way
         self._threads: dict[str, str] = {}
@@ -112,7 +112,7 @@ class Share:
         self._recorded = self._reported = time.monotonic()
         self._started_s = self._finished_s = time.time()
         if again:
-            known = parts.jobs.share(job.id)
+            known = services.jobs.share(job.id)
             self._listed, self._counts, self._started_s = known.listed, known.counts, known.started_s
 
     def start(self, on_end: Callable[["Share"], None]) -> None:
@@ -123,7 +123,7 @@ class Share:
         """Have the share end soon, and its commands now; does nothing if it is over."""
         self._events.put(reason)
         for ticket in list(self._commands):  # the share may be asking a node that does not answer
-            self._parts.pool.cancel(ticket, reason)
+            self._services.pool.cancel(ticket, reason)
 
     def row(self) -> ShareRow:
         """How far it is now."""
@@ -169,9 +169,9 @@ class Share:
     def record_end(self, state: str) -> None:
         """Write down how the share ended. Raises S4Error: then it may be tried again."""
         error = None if self.failure is None or state == DONE else str(self.failure)
-        self._parts.jobs.progress(self.job.id, self._changes, self._counts)
-        self._parts.jobs.end(self.job.id, state, error, self._finished_s)
-        self._counts = self._parts.jobs.share(self.job.id).counts
+        self._services.jobs.progress(self.job.id, self._changes, self._counts)
+        self._services.jobs.end(self.job.id, state, error, self._finished_s)
+        self._counts = self._services.jobs.share(self.job.id).counts
         self.end_recorded = True
 
     def _run(self) -> None:
@@ -194,39 +194,39 @@ class Share:
         """How many threads a command should start, as sort, nproc and numeric libraries take it. Several run
         at once: if each started one for every CPU, they would only be in each other's way."""
         cpus = len(os.sched_getaffinity(0))
-        at_once = min(self._parts.slots, self._counts.tasks - self._counts.skipped - self._counts.done)
+        at_once = min(self._services.slots, self._counts.tasks - self._counts.skipped - self._counts.done)
         threads = max(1, cpus // max(1, at_once))
         return {} if threads == cpus or _THREADS in os.environ else {_THREADS: str(threads)}
 
     def _list(self) -> None:
         """Record a waiting task for each input."""
-        servers = len(self._parts.conf.servers)
+        servers = len(self._services.conf.servers)
         found: list[NewTask] = []
         remains: list[Maker] = []
         for number, (path, keys, size) in enumerate(self._inputs.all()):
             skip = self.job.skip_existing and self._inputs.exists(path)
             state = SKIPPED if skip else WAITING
-            found.append(NewTask(number * servers + self._parts.position, path, keys, size, state))
+            found.append(NewTask(number * servers + self._services.position, path, keys, size, state))
             self._counts.tasks += 1
             self._counts.skipped += skip
             if self.job.skip_existing and self.job.kind == MAP_TO_N and not skip:
                 remains += self._inputs.remains(path)
             if len(found) == STEP:
-                self._parts.jobs.add_tasks(self.job.id, found)
+                self._services.jobs.add_tasks(self.job.id, found)
                 found = []
                 self._check_cancelled()
-        self._inputs.outputs.remove(remains, self._parts.storage.unlink)
-        self._parts.jobs.add_tasks(self.job.id, found)
-        self._parts.jobs.listed(self.job.id, self._counts)
+        self._inputs.outputs.remove(remains, self._services.storage.unlink)
+        self._services.jobs.add_tasks(self.job.id, found)
+        self._services.jobs.listed(self.job.id, self._counts)
         self._listed = True
         self._check_cancelled()
 
     def _remove_earlier(self) -> None:
         """Remove what earlier runs made in tasks that are to run again: they may make less this time."""
         last = -1
-        while waiting := self._parts.jobs.waiting(self.job.id, last, READ_TASKS):
+        while waiting := self._services.jobs.waiting(self.job.id, last, READ_TASKS):
             makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
-            self._inputs.outputs.remove(makers, self._parts.storage.unlink)
+            self._inputs.outputs.remove(makers, self._services.storage.unlink)
             last = waiting[-1][0].task
             self._check_cancelled()
 
@@ -239,7 +239,7 @@ class Share:
     def _start_commands(self) -> bool:
         """Start commands while there is room; whether all tasks have been started."""
         # As many again as can run wait in the pool, so that a free slot never waits for us.
-        while len(self._commands) < 2 * self._parts.slots and not self._outbox.full:
+        while len(self._commands) < 2 * self._services.slots and not self._outbox.full:
             self._repeat()
             if not self._ready:
                 self._read_tasks()
@@ -260,20 +260,20 @@ class Share:
     def _read_tasks(self) -> None:
         if self._all_read:
             return
-        waiting = self._parts.jobs.waiting(self.job.id, self._last_read, READ_TASKS)
+        waiting = self._services.jobs.waiting(self.job.id, self._last_read, READ_TASKS)
         for task, last_attempt in waiting:
             self._ready.append(_Attempt(task, last_attempt + 1, self.job.retries))
             self._last_read = task.task
         self._all_read = len(waiting) < READ_TASKS
 
     def _start(self, attempt: _Attempt) -> None:
-        storage, task = self._parts.storage, attempt.task
+        storage, task = self._services.storage, attempt.task
         attempt.target = self._inputs.target(task.input)
         if self.job.kind != MAP_TO_N:
             parse_key(attempt.target)
-            [conflict] = self._parts.keys.conflicts([(attempt.target, task.task)], self.job.id)
+            [conflict] = self._services.keys.conflicts([(attempt.target, task.task)], self.job.id)
             if conflict is not None:
-                if self.job.skip_existing and self._parts.keys.exists(attempt.target):
+                if self.job.skip_existing and self._services.keys.exists(attempt.target):
                     self._counts.skipped += 1
                     self._changes.append(TaskChange(task.task, SKIPPED, attempt.number - 1))
                     return
@@ -297,7 +297,7 @@ class Share:
         collect: str | Destination = "stdout"
         stdout_bytes = task.bytes_in  # most commands print less; whether more is not known
         if self.job.kind == MAP_TO_N:
-            collect = Destination(attempt.target, len(self._parts.conf.servers), self._parts.position)
+            collect = Destination(attempt.target, len(self._services.conf.servers), self._services.position)
             stdout_bytes = 0  # of names
         command = Command(
             self.job.command,
@@ -314,13 +314,13 @@ class Share:
         )
         attempt.ticket = ticket
         self._commands[ticket] = attempt
-        self._parts.pool.submit(ticket)
+        self._services.pool.submit(ticket)
 
     def _real_path(self, path: str) -> str:
         try:
-            return self._parts.storage.real_path(path)
+            return self._services.storage.real_path(path)
         except MissingError:
-            self._parts.keys.get(path)  # if the key is gone too, that is what there is to say
+            self._services.keys.get(path)  # if the key is gone too, that is what there is to say
             raise
 
     def _work_name(self, attempt: _Attempt) -> str:
@@ -358,7 +358,7 @@ class Share:
         for ticket in tickets:
             if ticket in self._outbox:
                 self._recorded = 0.0  # tasks may be done by this, which a crash should not undo
-                for attempt, error in self._outbox.arrived(ticket, self._parts.server):
+                for attempt, error in self._outbox.arrived(ticket, self._services.server):
                     if error is None:
                         self._stored(attempt)
                     else:
@@ -399,8 +399,8 @@ class Share:
         self, attempt: _Attempt, output: StoredFile, here: list[Finished], makers: list[_Attempt]
     ) -> None:
         path = attempt.target + output.name
-        position = owner(path, len(self._parts.conf.servers))
-        if position == self._parts.position:
+        position = owner(path, len(self._services.conf.servers))
+        if position == self._services.position:
             here.append(Finished(path, output, self.job.id, attempt.task.task))
             makers.append(attempt)
         else:
@@ -421,10 +421,10 @@ class Share:
                     refused.append((attempt, str(error), error))
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(finished.file.file)
-            self._parts.jobs.change(db, self.job.id, self._changes)
+            self._services.jobs.change(db, self.job.id, self._changes)
             self._changes.clear()
 
-        self._parts.transfers.publish(here, record)
+        self._services.transfers.publish(here, record)
         return refused
 
     def _stored(self, attempt: _Attempt) -> None:
@@ -474,7 +474,7 @@ class Share:
         if attempt.outputs:
             attempt.unsettled -= self._outbox.drop(attempt)
         else:  # those that were handed on go one by one
-            self._parts.storage.discard(self._work_name(attempt))
+            self._services.storage.discard(self._work_name(attempt))
         if attempt.tries_left > 0 and not isinstance(error, ConflictError):
             self._to_repeat.append(attempt)
         else:
@@ -487,7 +487,7 @@ class Share:
             try:
                 if self.job.kind == MAP_TO_N and attempt.outputs:
                     made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
-                    self._inputs.outputs.remove([made], self._parts.storage.unlink)
+                    self._inputs.outputs.remove([made], self._services.storage.unlink)
             except S4Error as e:  # such as of a node that is down
                 assert attempt.failure is not None
                 problem = f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {e}"
@@ -503,7 +503,7 @@ class Share:
         self._changes.append(change)
         if self.failure is None:
             kind = ConflictError if isinstance(error, ConflictError) else CommandError
-            where = f"{url(attempt.task.input)} on {self._parts.server}"
+            where = f"{url(attempt.task.input)} on {self._services.server}"
             said = one_line(change.stderr.decode("utf-8", "replace"), TAIL_CHARACTERS)
             self.failure = kind(f"{where}: {change.error}{': ' if said else ''}{said}")
 
@@ -519,7 +519,7 @@ class Share:
                 self._changes.append(self._change(attempt, RUNNING))
         if self._changes or now > self._reported + PROGRESS_SECONDS:
             self._reported = now
-            self._parts.jobs.progress(self.job.id, self._changes, self._counts)
+            self._services.jobs.progress(self.job.id, self._changes, self._counts)
             self._changes.clear()
 
     def _abandon(self, state: str) -> None:
@@ -528,7 +528,7 @@ class Share:
         running = dict(self._commands)
         tickets = [*running, *self._outbox.tickets]
         for ticket in tickets:
-            self._parts.pool.cancel(ticket, reason)
+            self._services.pool.cancel(ticket, reason)
         for ticket in tickets:
             with contextlib.suppress(S4Error):
                 ticket.result()
@@ -539,7 +539,7 @@ class Share:
             if state == INTERRUPTED:
                 change = change._replace(error=STOPPED)
             self._changes.append(change)
-        self._parts.storage.discard(self.job.id)
+        self._services.storage.discard(self.job.id)
 
 
 def exit_text(exitcode: int) -> str:

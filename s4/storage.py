@@ -148,16 +148,17 @@ class Storage:
     def unlink(self, paths: Sequence[str]) -> None:
         """Remove the files of keys, and the folders that this leaves empty. Missing files are fine."""
         for folder, group in itertools.groupby(map(os.path.split, paths), key=lambda parts: parts[0]):
-            names = [name for _folder, name in group]
+            path = folder
             try:
                 with self._folder(folder) as fd:
-                    for name in names:
+                    for _folder, name in group:
+                        path = os.path.join(folder, name)
                         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                             os.unlink(name, dir_fd=fd)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as e:
-                raise _explained(os.path.join(folder, names[0]), e) from e
+                raise _explained(path, e) from e
             self._remove_if_empty(folder)
 
     def _remove_if_empty(self, folder: str) -> None:

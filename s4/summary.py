@@ -7,16 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from s4.errors import NonsenseError
 from s4.record import record, replace
+from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, LOST, MISSING, RUNNING, UNKNOWN
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
     from typing import Any, Self
-
-RUNNING, DONE, FAILED = "running", "done", "failed"
-CANCELLED, INTERRUPTED = "cancelled", "interrupted"
-LOST, MISSING = "lost", "missing"  # states of parts only: the node is down, or never had its share
-UNKNOWN = "unknown"  # of a job that may not be done on a node that is down
-EVAL = "eval"
 
 
 class _Answer:

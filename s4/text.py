@@ -8,10 +8,16 @@ _UNITS = ("kB", "MB", "GB", "TB", "PB")
 _SPANS = ((1.0, "s", 59.95), (60.0, "min", 59.95), (3600.0, "h", 23.95), (86400.0, "d", float("inf")))
 
 
+def without_controls(text: str, kept: str = "") -> str:
+    """A text whose control characters, which could change what a terminal shows, are escapes, but those
+    `kept`; of bytes that are no UTF-8 too."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def printable(text: str) -> str:
-    """One line without control characters, which could change what a terminal shows."""
-    line = " ".join(text.encode("utf-8", "backslashreplace").decode().replace("\0", "").split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """One line without control characters, its blanks made one each."""
+    return without_controls(" ".join(text.replace("\0", "").split()))
 
 
 def say(line: str) -> None:
@@ -24,11 +30,7 @@ def say(line: str) -> None:
 
 def as_typed(text: str) -> str:
     """A text as it is, in as many lines and with its blanks, without control characters but tabs."""
-    lines = text.encode("utf-8", "backslashreplace").decode().split("\n")
-    return "\n".join(
-        "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)
-        for line in lines
-    )
+    return without_controls(text, kept="\n\t")
 
 
 def one_line(text: str, most: int) -> str:

@@ -1,6 +1,7 @@
 """s4 cp: files, streams and folders, in and out; what it refuses; that nothing half-done is left."""
 
 import contextlib
+import errno
 import os
 import pty
 import random
@@ -12,7 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,26 @@ def test_an_unreadable_file_among_others_is_named(cluster: Cluster, bucket: str,
     (folder / "src" / "locked").chmod(0)
     cluster.fails("cp", "-r", "src", f"{bucket}/dst/", says="locked", cwd=folder, code=1, privileged=False)
     assert cluster.contents(f"{bucket}/dst/") == FILES
+
+
+def test_a_file_that_cannot_be_read_to_its_end_costs_only_itself(
+    cluster: Cluster, bucket: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{i:03}_x": bytes([i]) * 400_000 for i in range(9)}  # of two blocks
+    write_tree(folder / "src", files)
+    read = os.readv
+
+    def broken(fd: int, buffers: Sequence[memoryview]) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/001_x") and os.lseek(fd, 0, os.SEEK_CUR):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers)
+
+    monkeypatch.setattr(os, "readv", broken)  # a disk that fails cannot be had
+    with pytest.raises(CopyError) as caught:
+        Client(str(cluster.conf)).cp(str(folder / "src"), f"{bucket}/dst/", recursive=True)
+    assert caught.value.failures == [f"{folder}/src/001_x: Input/output error"]
+    del files["001_x"]
+    assert cluster.contents(f"{bucket}/dst/") == files
 
 
 def _file_limit() -> None:

@@ -263,6 +263,10 @@ def test_skipping_what_exists_is_fine_with_nothing_to_do(cluster: Cluster, bucke
     arguments = ["map", f"{bucket}/nothing/", f"{bucket}/out/", "cat"]
     assert "nothing to map" in cluster.s4(*arguments, "--skip-existing").err
     assert "nothing to map" in cluster.fails(*arguments, code=1)
+    begun = cluster.s4(*arguments, "--detach").lines[0]
+    assert "nothing to map" in cluster.fails("wait", begun, code=1)
+    begun = cluster.s4(*arguments, "--skip-existing", "--detach").lines[0]
+    assert "nothing to map" in cluster.s4("wait", begun).err
 
 
 def test_an_input_whose_attempt_ended_badly_is_not_skipped(cluster: Cluster, bucket: str, indir: str) -> None:
@@ -591,6 +595,20 @@ def test_a_job_that_is_done_has_nothing_to_retry(cluster: Cluster, bucket: str, 
     assert _share(cluster.nodes[0], job)["run"] == 1
 
 
+def test_a_retried_job_is_as_new_on_nodes_that_have_nothing_to_do(
+    cluster: Cluster, bucket: str, indir: str, folder: Path
+) -> None:
+    command = f'case $filename in 000) ls "{folder}/reason";; esac'
+    job = _json(cluster, "map", indir, f"{bucket}/out/", command, "--keep-going", code=1)["job"]
+    for i in range(3):
+        cluster.s4("map", indir, f"{bucket}/other-{i}/", "cat")
+    (folder / "reason").touch()
+    cluster.s4("retry", job)
+    newest, _second = _json(cluster, "jobs", "--limit", "2")
+    assert (newest["job"], newest["done"], newest["tasks"]) == (job, 6, 6)
+    assert {part["run"] for part in _json(cluster, "job", job)["nodes"]} == {2}
+
+
 def test_an_eval_is_not_retried(cluster: Cluster, indir: str) -> None:
     cluster.run("eval", f"{indir}000", "exit 3")
     cluster.fails("retry", _newest(cluster), says="is an eval", code=1)
@@ -668,8 +686,9 @@ def test_an_unknown_id_is_one_line_and_changes_nothing(cluster: Cluster, command
 
 
 def test_a_beginning_of_an_id_will_do_if_no_other_begins_like_it(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/some/{i:03}": b"" for i in range(3)})
     for name in ("", "-1", "-2"):
-        body = {"cmd": "cat", "indir": f"{bucket}/none/", "outdir": f"{bucket}/out{name}/"}
+        body = {"cmd": "cat", "indir": f"{bucket}/some/", "outdir": f"{bucket}/out{name}/"}
         for node in cluster.nodes:
             assert node.post_json("/map", body | {"job": f"AMB{name}"}).status == 200
     with cluster.nothing_changes():

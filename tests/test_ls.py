@@ -5,6 +5,7 @@ import re
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -283,6 +284,14 @@ def test_a_closed_pipe_ends_a_listing_quietly(million: Node) -> None:
         b"0",
     ]
     assert done.stderr == b""
+
+
+def test_a_listing_in_python_leaves_no_connection_open(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/{i:03}": b"" for i in range(9)})
+    script = "import s4, sys; print(len(list(s4.Client(sys.argv[1]).ls(sys.argv[2]))))"
+    command = [sys.executable, "-X", "dev", "-c", script, str(cluster.conf), f"{bucket}/"]
+    done = subprocess.run(command, capture_output=True, timeout=20, text=True)
+    assert (done.stdout, done.stderr) == ("9\n", "")
 
 
 def test_removing_many_keys_does_not_block_others(million: Node) -> None:

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,6 +276,24 @@ def test_local_runs_nodes_until_it_is_stopped_and_keeps_their_data(alone: Cluste
 
     code, _out, err = _server(alone, "local", "--nodes", "3", "--dir", str(place))
     assert code == 1 and err.startswith("fatal: ") and "2 nodes, not 3" in err
+
+
+def test_local_says_so_when_something_else_has_its_port(alone: Cluster, folder: Path) -> None:
+    place = folder / "try"
+    place.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        (place / "s4.conf").write_text(f"127.0.0.1:{other.getsockname()[1]}\n")
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    other.accept()[0].sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        code, _out, err = _server(alone, "local", "--nodes", "1", "--dir", str(place))
+        other.shutdown(socket.SHUT_RDWR)
+    assert code == 1 and err.startswith("fatal: a node ended") and err.count("\n") == 1
+    assert "in use" in (place / "node0.log").read_text()
 
 
 def test_commands_on_local_nodes_find_s4(alone: Cluster, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from s4.index.database import Database, Transaction
 from s4.index.jobs import Counts, JobIndex, JobRow, NewTask, ShareRow, TaskChange
-from s4.index.keys import KeyIndex, KeyRow, NewKey
+from s4.index.keys import KeyIndex, KeyRow, Maker, NewKey
 from s4.index.records import Records
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "JobRow",
     "KeyIndex",
     "KeyRow",
+    "Maker",
     "NewKey",
     "NewTask",
     "Records",

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 from s4.errors import MissingError
 from s4.index.database import Database, Transaction
+from s4.states import DONE, INTERRUPTED, WAITING
 
 STEP = 5000  # rows that one transaction changes at most; bounds how long other writers wait
 
-RUNNING, DONE, FAILED, CANCELLED, INTERRUPTED = "running", "done", "failed", "cancelled", "interrupted"
 STOPPED = "the node stopped"  # the error of an interrupted share, and of its tasks that ran
-WAITING, SKIPPED = "waiting", "skipped"  # further states of tasks, which are never interrupted
-TASK_STATES = (WAITING, RUNNING, DONE, FAILED, CANCELLED, SKIPPED)
 
 
 @dataclass(frozen=True)
@@ -170,6 +168,15 @@ class JobIndex:
                 (run, time.time(), job_id),
             )
             db.execute(_COUNTS + "WHERE id = ?", (job_id,))
+
+    def pass_over(self, job_id: str, run: int) -> None:
+        """A share that is done has nothing to do in a further run: it begins and ends now, so that the job is
+        equally new on all nodes."""
+        with self._db.write() as db:
+            db.execute(
+                "UPDATE jobs SET run = ?, started_s = ?, finished_s = ? WHERE id = ?",
+                (run, time.time(), time.time(), job_id),
+            )
 
     def _in_steps(self, statement: str, job_id: str) -> None:
         """Run a statement, with the parameters job and task number, over all tasks of a job in steps."""

@@ -64,6 +64,14 @@ class ListRow(NamedTuple):
     created_s: int
 
 
+class Maker(NamedTuple):
+    """Who made keys in OUTDIR/`folder`/: a task of a job, None for what was not made by a job."""
+
+    folder: str
+    job: str | None
+    task: int | None
+
+
 class KeyIndex:
     """The keys of this node."""
 
@@ -72,14 +80,10 @@ class KeyIndex:
 
     def get(self, path: str) -> KeyRow:
         """The row of a key. Raises MissingError."""
-        found = self.find(path)
+        [found] = self.get_all([path])
         if found is None:
             raise MissingError(f"no such key: {url(path)}")
         return found
-
-    def find(self, path: str) -> KeyRow | None:
-        """The row of a key, None if there is none."""
-        return self.get_all([path])[0]
 
     def get_all(self, paths: Sequence[str]) -> list[KeyRow | None]:
         """The rows of many keys, None for a missing one."""
@@ -160,16 +164,12 @@ class KeyIndex:
         if not self._remove(path, "path = ?", (path,), unlink):
             raise MissingError(f"no such key: {url(path)}")
 
-    def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> int:
-        """Remove every key that starts with `prefix`; returns how many. A last segment that is a whole
-        bucket name stands for that bucket only."""
+    def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> None:
+        """Remove every key that starts with `prefix`. A last segment that is a whole bucket name stands for
+        that bucket only."""
         start, end = bounds(prefix)
-        total = 0
-        while True:
-            removed = self._remove(start, "path >= ? AND path < ?", (start, end), unlink)
-            total += removed
-            if removed < REMOVE_CHUNK:
-                return total
+        while self._remove(start, "path >= ? AND path < ?", (start, end), unlink) == REMOVE_CHUNK:
+            pass
 
     def _remove(
         self,
@@ -178,7 +178,8 @@ class KeyIndex:
         parameters: tuple[object, ...],
         unlink: Callable[[Sequence[str]], None],
     ) -> int:
-        """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds."""
+        """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds; how many
+        there were."""
         try:
             gone = self._remove_rows(prefix, which, parameters)
         except FullDiskError:
@@ -203,9 +204,9 @@ class KeyIndex:
                 db.execute(query, (json.dumps(doomed),))
         return doomed
 
-    def makers(self, folder: str) -> set[tuple[str, str | None, int | None]]:
-        """(folder, job, task) of all keys below the folders in `folder`, a path that ends in '/'."""
-        found: set[tuple[str, str | None, int | None]] = set()
+    def makers(self, folder: str) -> set[Maker]:
+        """All that made keys below the folders in `folder`, a path that ends in '/'."""
+        found: set[Maker] = set()
         start, end = bounds(folder)
         query = "SELECT path, job, task FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
         while True:
@@ -214,18 +215,15 @@ class KeyIndex:
             for path, job, task in rows:
                 name, slash, _rest = path[len(folder) :].partition("/")
                 if slash:
-                    found.add((name, job, task))
+                    found.add(Maker(name, job, task))
             if len(rows) < CHUNK:
                 return found
             start = rows[-1][0] + " "  # as in list_keys
 
     def remove_made(
-        self,
-        folder: str,
-        makers: Sequence[tuple[str, str | None, int | None]],
-        unlink: Callable[[Sequence[str]], None],
+        self, folder: str, makers: Sequence[Maker], unlink: Callable[[Sequence[str]], None]
     ) -> None:
-        """Remove the keys that tasks made, given as `makers` tells them. `unlink(paths)` as in `remove`."""
+        """Remove the keys that tasks made, as `makers` tells them. `unlink(paths)` as in `remove`."""
         which = "path >= ? AND path < ? AND job = ? AND task = ?"
         for name, job, task in makers:
             prefix = f"{folder}{name}/"
@@ -291,12 +289,6 @@ class KeyIndex:
         """Whether there is such a key."""
         with self._db.read() as db:
             return db.execute("SELECT 1 FROM keys WHERE path = ?", (path,)).fetchone() is not None
-
-    def paths(self, prefix: str) -> Iterator[str]:
-        """Every path that starts with `prefix`."""
-        for chunk in self.list_keys(prefix):
-            for row in chunk:
-                yield row.path
 
 
 # One entry a step: the first key of each line of the listing. SQLite's substr counts characters, as we do.

@@ -120,4 +120,4 @@ def schema(database: Database) -> list[tuple[str, str, str, str]]:
             " WHERE m.type IN ('table', 'view') AND m.name NOT LIKE '\\_%' ESCAPE '\\'"
             " AND m.name NOT LIKE 'sqlite%' ORDER BY m.type, m.rowid, c.cid"
         ).fetchall()
-    return [(table, column, kind, MEANINGS[table][column]) for table, column, kind in found]
+    return [(table, column, kind, MEANINGS.get(table, {}).get(column, "")) for table, column, kind in found]

@@ -191,11 +191,6 @@ class Pool:
                 if worker.ticket is ticket:
                     self._kill(worker, reason)
 
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Per kind the number of running and of waiting tickets."""
-        with self._lock:
-            return {kind.value: (self._running[kind], len(self._queues[kind])) for kind in Kind}
-
     def stop(self) -> None:
         """End all workers and what they run; everything unfinished fails with StoppingError."""
         with self._lock:
