@@ -83,9 +83,9 @@ def _per_piece(axes: Axes, result: Result, pieces: str, cost: str, note: str, un
 def _sizes(axes: Axes, result: Result) -> None:
     axes.set_title("one file, with the start of the command")
     sizes = result.column("bytes")
-    for i, (side, label) in enumerate((("put", "put"), ("get", "get"))):
+    for i, side in enumerate(("put", "get")):
         peak = max(result.column(f"{side} client MB"))
-        _line(axes, sizes, result.column(f"{side} MB/s"), f"{label}: client at most {peak:.0f} MB", i)
+        _line(axes, sizes, result.column(f"{side} MB/s"), f"{side}: client at most {peak:.0f} MB", i)
     _line(axes, [], [], f"node at most {max(result.column('node MB')):.0f} MB", None)
     _log_x(axes, sizes, "file size")
     axes.set_xticks([tick for tick in (1e3, 1e6, 1e9) if tick <= max(sizes)])

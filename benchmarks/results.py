@@ -103,4 +103,5 @@ def this_machine() -> str:
     """What the numbers were taken on, in a few words."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores, {memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"
+    linux = ".".join(platform.release().split(".")[:2])  # the rest names a build
+    return f"{cores} cores, {memory:.0f} GiB, Linux {linux}, Python {platform.python_version()}"

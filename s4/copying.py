@@ -278,7 +278,7 @@ class _Crew:
         self._lock = threading.Lock()
         self._ended = threading.Semaphore(0)  # once for each thread: Thread.join forgets a thread at Ctrl-C
         self._stopping = False
-        self._active: set[Caller] = set()
+        self._callers: set[Caller] = set()
         self._errors: list[BaseException] = []
 
     def run(self, items: list[Item]) -> None:
@@ -312,7 +312,7 @@ class _Crew:
     def _stop(self) -> None:
         with self._lock:
             self._stopping = True
-            for caller in self._active:
+            for caller in self._callers:
                 caller.abort()
 
     def _work(self, batches: Iterator[tuple[str, list[Item]]], advance: Callable[[list[Item]], None]) -> None:
@@ -326,7 +326,7 @@ class _Crew:
                     server, items = batch
                     caller = callers.get(server) or self._client.caller(server)
                     callers[server] = caller
-                    self._active.add(caller)
+                    self._callers.add(caller)
                 try:
                     self._move(caller, items, self._fail)
                 except S4Error as e:

@@ -160,17 +160,17 @@ class Evals:
             change = TaskChange(
                 task.task,
                 state,
-                1,
-                ticket.pid,
-                ticket.started_s,
-                ticket.seconds,
-                ran.cpu_seconds,
-                ran.peak_memory,
-                stdout.size,
-                ran.exitcode,
-                signal_of(ran.exitcode),
-                error,
-                ran.tail,
+                attempt=1,
+                pid=ticket.pid,
+                started_s=ticket.started_s,
+                seconds=ticket.seconds,
+                cpu_seconds=ran.cpu_seconds,
+                peak_memory=ran.peak_memory,
+                bytes_out=stdout.size,
+                exit_code=ran.exitcode,
+                signal=signal_of(ran.exitcode),
+                error=error,
+                stderr=ran.tail,
             )
             self._end(job, change, state, error)
             return EvalOutput(

@@ -12,7 +12,7 @@ from s4.jobcalls import cancel, tasks_of
 from s4.leanjson import read_answer
 from s4.record import replace
 from s4.states import CANCELLED, FAILED, INTERRUPTED, LOST, MISSING, RUNNING
-from s4.summary import JobSummary, Part, ShareStatus, Task, lost_part, part_of, summarize
+from s4.summary import JobSummary, Part, ShareStatus, Task, lost_part, newest, part_of, summarize
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -51,17 +51,14 @@ class Follower:
     def __init__(
         self,
         client: Client,
-        share: ShareStatus,
         known: Mapping[str, ShareStatus | None],
         watch: Watch,
-        began: float | None,
+        began: float | None = None,
     ) -> None:
-        """`share`: any share of the job, as it is now; `known`: what is known of each node's share.
-
-        `began` is when, by the monotonic clock, if it was here that the job began.
-        """
+        """`known` is what is known of each node's share, of one at least; `began` is when, by the monotonic
+        clock, if it was here that the job began."""
         self._client = client
-        self._share = share
+        self._share = newest(known.values())
         self._watch = watch
         self._shares = dict(known)
         self._lost: dict[str, Part] = {}

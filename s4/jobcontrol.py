@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from s4 import jobcalls
 from s4.asking import at_once, check_all_reachable, down, each
@@ -31,6 +31,7 @@ from s4.summary import (
     Task,
     lost_part,
     merged,
+    newest,
     part_of,
     state_of,
     summarize,
@@ -109,9 +110,7 @@ class Found:
     @property
     def share(self) -> ShareStatus:
         """Any share of it, of the newest run."""
-        return max(
-            (share for share in self.shares.values() if share is not None), key=lambda share: share.run
-        )
+        return newest(self.shares.values())
 
     def summary(self) -> JobSummary:
         """The job as it is now; a node that is down, or has no share although it should, is part of it. The
@@ -141,7 +140,7 @@ def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     _prepare(client, request)
     job, began = new_job_id(), time.monotonic()
     with _Cancelling(client, job, watch):
-        summary = _follow(client, _submit(client, request, job), watch, began)
+        summary = Follower(client, _submit(client, request, job), watch, began).wait()
     return _ended_well(summary, may_be_empty=request.skip_existing)
 
 
@@ -232,13 +231,6 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> list[S4Erro
     return failures
 
 
-def _follow(
-    client: Client, shares: Mapping[str, ShareStatus | None], watch: Watch, began: float | None = None
-) -> JobSummary:
-    newest = max((share for share in shares.values() if share is not None), key=lambda share: share.run)
-    return Follower(client, newest, shares, watch, began).wait()
-
-
 def _ended_well(summary: JobSummary, *, may_be_empty: bool) -> JobSummary:
     if summary.state != DONE:
         raise JobError(summary, ending(summary), failure_lines(summary))
@@ -251,7 +243,7 @@ def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
     """Follow a job that runs to its end. Raises JobError if it does not end well."""
     found = find(client, prefix)
     try:
-        summary = _follow(client, found.shares, watch or Watch())
+        summary = Follower(client, found.shares, watch or Watch()).wait()
         return _ended_well(summary, may_be_empty=found.share.skip_existing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"job {found.job} goes on; s4 wait {found.job}") from None
@@ -317,7 +309,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         shares = _all_or_none(client, found.job, again, post, [list(found.shares)])
         if detach:
             return Found(found.job, {**shares}, {}).summary()
-        summary = _follow(client, shares, watch, began)
+        summary = Follower(client, shares, watch, began).wait()
     return _ended_well(summary, may_be_empty=share.skip_existing)
 
 

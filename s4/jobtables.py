@@ -68,7 +68,7 @@ def job_page(job: JobSummary) -> list[str]:
             ("tasks", counts(job)),
         ]
     )
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("NODE", "STATE", "TASKS", "DONE", "FAILED", "SKIPPED", "CANCELLED", "RUNNING", "LOST", "IN", "OUT")
     ]
     for part in job.nodes:
@@ -82,7 +82,7 @@ def job_page(job: JobSummary) -> list[str]:
                 "?" if part.lost is None else str(part.lost),
                 size(part.bytes_in),
                 size(part.bytes_out),
-            )  # type: ignore[arg-type]
+            )
         )
     lines += ["", *table(rows, right=range(2, 11))]
     # That a share was cancelled, or failed as its tasks did, is told elsewhere.
@@ -138,11 +138,11 @@ def escaped(text: str) -> str:
 
 def plan_page(parts: Sequence[PlanPart]) -> list[str]:
     """A row a node, the totals, and how unevenly the work is spread."""
-    rows = [("NODE", "TASKS", "KEYS", "BYTES", "EXISTING", "FREE")]
+    rows: list[tuple[str, ...]] = [("NODE", "TASKS", "KEYS", "BYTES", "EXISTING", "FREE")]
     for part in parts:
         numbers = (part.tasks, part.keys)
         free = f"{size(part.disk_free)} of {size(part.disk_total)}"
-        rows.append((part.node, *map(str, numbers), size(part.bytes), str(part.existing), free))  # type: ignore[arg-type]
+        rows.append((part.node, *map(str, numbers), size(part.bytes), str(part.existing), free))
     sums = plan_totals(parts)
     rows.append(
         ("all", str(sums["tasks"]), str(sums["keys"]), size(sums["bytes"]), str(sums["existing"]), "")

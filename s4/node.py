@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from s4.config import Conf
 from s4.errors import BadRequestError, BusyError, WrongNodeError
 from s4.evals import Evals
-from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, Records, ShareRow
+from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, ShareRow, Underway
 from s4.index.keys import ListRow
 from s4.index.query import run_query
 from s4.jobs import STOP_SECONDS, Jobs, outcome, row_of
@@ -72,9 +72,9 @@ class Node:
         self.storage = Storage(data)
         self.database = Database(self.storage.index_path)
         self.keys = KeyIndex(self.database)
-        self.records = Records(self.database)
+        self.underway = Underway(self.database)
         self.job_index = JobIndex(self.database)
-        recover(self.storage, self.keys, self.records, self.job_index)
+        recover(self.storage, self.keys, self.underway, self.job_index)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
         self.removals = Gate(WAITING_REMOVALS)
@@ -85,7 +85,7 @@ class Node:
             str(conf.servers[position]),
             address,
             self.keys,
-            self.records,
+            self.underway,
             self.storage,
             self.pool,
             Gate(WAITING_TRANSFERS),

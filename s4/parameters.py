@@ -70,19 +70,39 @@ def is_size(value: object) -> bool:
 
 def answer_json(resp: falcon.Response, value: object) -> None:
     """Answer with a value as JSON."""
-    # Not orjson: a command may hold bytes that are no UTF-8, as lone surrogates.
     resp.content_type = falcon.MEDIA_JSON
     resp.data = json.dumps(value).encode()
 
 
+def _json_body(req: falcon.Request) -> object:
+    """The value of the body, None if it is no JSON."""
+    try:
+        return json.loads(req.bounded_stream.read())
+    except (ValueError, RecursionError):
+        return None
+
+
 def json_object(req: falcon.Request) -> dict[str, Any]:
     """The body, a JSON object."""
-    try:
-        body = json.loads(req.bounded_stream.read())
-    except (ValueError, RecursionError):
-        body = None
+    body = _json_body(req)
     if not isinstance(body, dict):
         raise BadRequestError("the body must be a JSON object")
+    return body
+
+
+def json_list(req: falcon.Request, most: int) -> list[Any]:
+    """The body, a JSON list of one up to `most` entries."""
+    body = _json_body(req)
+    if not isinstance(body, list) or not 0 < len(body) <= most:
+        raise BadRequestError(f"the body must be a JSON list of 1 to {most} entries")
+    return body
+
+
+def json_strings(req: falcon.Request, most: int) -> list[str]:
+    """The body, a JSON list of one up to `most` texts."""
+    body = json_list(req, most)
+    if not all(isinstance(text, str) for text in body):
+        raise BadRequestError("the body must be a JSON list of strings")
     return body
 
 

@@ -3,17 +3,17 @@
 import logging
 
 from s4.errors import S4Error
-from s4.index import JobIndex, KeyIndex, Records
+from s4.index import JobIndex, KeyIndex, Underway
 from s4.keys import SCHEME
 from s4.storage import Storage
 
 log = logging.getLogger("s4.recovery")
 
 
-def recover(storage: Storage, keys: KeyIndex, records: Records, jobs: JobIndex) -> None:
+def recover(storage: Storage, keys: KeyIndex, underway: Underway, jobs: JobIndex) -> None:
     """Remove half-written files, and files without a row where the index says that something went on."""
     storage.empty_temporary()
-    paths, prefixes = records.left_by_crash()
+    paths, prefixes = underway.left_by_crash()
     prefixes += [outdir.removeprefix(SCHEME) for outdir in jobs.running_outdirs()]
     doomed = [path for path in paths if not keys.exists(path)]
     for prefix in prefixes:
@@ -26,5 +26,5 @@ def recover(storage: Storage, keys: KeyIndex, records: Records, jobs: JobIndex) 
             log.warning("an unfinished file stays: %s", e)
     if doomed:
         log.info("removed up to %d files that the last run left unfinished", len(doomed))
-    records.forget_crash()
+    underway.forget_crash()
     jobs.interrupt_running()

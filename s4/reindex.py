@@ -10,8 +10,8 @@ from itertools import islice
 
 from s4.config import Conf
 from s4.errors import BadKeyError, ConflictError, DamagedIndexError, S4Error
-from s4.index import Database, JobIndex, KeyIndex, KeyRow, Records
-from s4.keys import owner, parse_key
+from s4.index import Database, JobIndex, KeyIndex, KeyRow, Underway
+from s4.keys import owner, parse_key, url
 from s4.recovery import recover
 from s4.storage import Storage
 from s4.workers import Kind, Pool, Ticket
@@ -31,7 +31,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     storage = Storage(data)
     database = _open(storage.index_path)
     keys = KeyIndex(database)
-    recover(storage, keys, Records(database), JobIndex(database))
+    recover(storage, keys, Underway(database), JobIndex(database))
     cpus = len(os.sched_getaffinity(0))
     pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)
     counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}
@@ -106,7 +106,7 @@ def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, 
             counts["added"] += 1
         elif (known.size, known.checksum) != (size, checksum):
             counts["corrected"] += 1
-            print(f"corrected: s4://{path}: its bytes are not those that were stored", file=sys.stderr)
+            print(f"corrected: {url(path)}: its bytes are not those that were stored", file=sys.stderr)
         else:
             continue
         changed.append(KeyRow(path, size, checksum, changed_s))

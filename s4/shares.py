@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from s4.config import Conf
 from s4.errors import (
@@ -129,7 +129,7 @@ class Share:
         """How far it is now."""
         running = sum(1 for ticket in list(self._commands) if ticket.began_s)
         error = None if self.failure is None else str(self.failure)
-        counts = Counts(**{**vars(self._counts), "running": running})
+        counts = replace(self._counts, running=running)
         finished_s = None if self.state == RUNNING else self._finished_s
         return ShareRow(self.job, self.state, self._listed, counts, self._started_s, finished_s, error)
 

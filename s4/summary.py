@@ -68,6 +68,11 @@ class ShareStatus(_Answer):
         return share
 
 
+def newest(shares: Iterable[ShareStatus | None]) -> ShareStatus:
+    """One of the shares of a job, of which there is at least one, in its newest run."""
+    return max((share for share in shares if share is not None), key=lambda share: share.run)
+
+
 @record
 class Task(_Answer):
     """One input of a job, and what became of it.
@@ -195,18 +200,18 @@ def part_of(share: ShareStatus) -> Part:
         share.node,
         share.state,
         share.tasks,
-        share.done,
-        share.failed,
-        share.skipped,
-        share.cancelled if share.state != INTERRUPTED else 0,
-        share.running,
-        lost,
-        share.bytes_in,
-        share.bytes_out,
-        share.started_s,
-        share.finished_s,
-        share.error,
-        share.run,
+        done=share.done,
+        failed=share.failed,
+        skipped=share.skipped,
+        cancelled=share.cancelled if share.state != INTERRUPTED else 0,
+        running=share.running,
+        lost=lost,
+        bytes_in=share.bytes_in,
+        bytes_out=share.bytes_out,
+        started_s=share.started_s,
+        finished_s=share.finished_s,
+        error=share.error,
+        run=share.run,
     )
 
 
@@ -218,9 +223,9 @@ def lost_part(node: str, reason: str, last: ShareStatus | None, state: str = LOS
         node,
         state,
         last.tasks,
-        last.done,
-        last.failed,
-        last.skipped,
+        done=last.done,
+        failed=last.failed,
+        skipped=last.skipped,
         lost=_unfinished(last),
         bytes_in=last.bytes_in,
         bytes_out=last.bytes_out,
@@ -247,24 +252,24 @@ def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None =
         until = time.time() if state == RUNNING else max(finished, default=0.0)
         seconds = max(0.0, until - min((part.started_s or until for part in newest), default=until))
     return JobSummary(
-        share.id,
-        share.run,
-        share.kind,
-        share.indir,
-        share.outdir,
-        share.command,
-        state,
-        sum(known) if len(known) == len(parts) else None,
-        sum(part.done for part in parts),
-        sum(part.failed for part in parts),
-        sum(part.skipped for part in parts),
-        sum(part.cancelled for part in parts),
-        sum(part.lost or 0 for part in parts),
-        sum(part.bytes_in for part in parts),
-        sum(part.bytes_out for part in parts),
-        min(started, default=share.started_s),
-        seconds,
-        parts,
+        job=share.id,
+        run=share.run,
+        kind=share.kind,
+        indir=share.indir,
+        outdir=share.outdir,
+        command=share.command,
+        state=state,
+        tasks=sum(known) if len(known) == len(parts) else None,
+        done=sum(part.done for part in parts),
+        failed=sum(part.failed for part in parts),
+        skipped=sum(part.skipped for part in parts),
+        cancelled=sum(part.cancelled for part in parts),
+        lost=sum(part.lost or 0 for part in parts),
+        bytes_in=sum(part.bytes_in for part in parts),
+        bytes_out=sum(part.bytes_out for part in parts),
+        started_s=min(started, default=share.started_s),
+        seconds=seconds,
+        nodes=parts,
     )
 
 

@@ -26,7 +26,7 @@ from s4.errors import (
     TransferError,
 )
 from s4.exchange import MAX_BATCH_KEYS
-from s4.index import KeyIndex, NewKey, Records, Transaction
+from s4.index import KeyIndex, NewKey, Transaction, Underway
 from s4.keys import url
 from s4.storage import Storage
 from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
@@ -110,7 +110,7 @@ class Transfers:
         server: str,
         host: str,
         keys: KeyIndex,
-        records: Records,
+        underway: Underway,
         storage: Storage,
         pool: Pool,
         gate: Gate,
@@ -118,7 +118,7 @@ class Transfers:
         self._server = server
         self._host = host
         self._keys = keys
-        self._records = records
+        self._underway = underway
         self._storage = storage
         self._pool = pool
         self._gate = gate
@@ -156,7 +156,7 @@ class Transfers:
             on_error.callback(self._pool.cancel, ticket, S4Error("the transfer cannot be recorded"))
             total = None if None in sizes else sum(size or 0 for size in sizes)
             paths = [path for path, _size, _task in wanted]
-            self._records.transfer_began(name, "put", paths, total, peer)
+            self._underway.transfer_began(name, "put", paths, total, peer)
             on_error.pop_all()
         makers = [(job, task) for _path, _size, task in wanted]
         self._transfers[name] = _Transfer(name, paths, ticket, files, makers, listener=listener)
@@ -226,7 +226,7 @@ class Transfers:
                 )
 
         def forget(db: Transaction, _outcome: Sequence[S4Error | None]) -> None:
-            self._records.transfer_stored(db, transfer.uuid)
+            self._underway.transfer_stored(db, transfer.uuid)
 
         results = iter(self.publish(good, forget))
         return [error if error is not None else next(results) for error in outcome]
@@ -290,7 +290,7 @@ class Transfers:
         total = sum(row.size for row in found)
         held = [row.path for row in found]
         try:
-            self._records.transfer_began(name, "get", held, total, peer)
+            self._underway.transfer_began(name, "get", held, total, peer)
         except S4Error as e:  # a full disk should not keep keys from being read
             log.warning("transfer %s: %s", name, e)
         checksums = [row.checksum for row in found]
@@ -356,7 +356,7 @@ class Transfers:
                     os.unlink(file)
             try:
                 if len(left) == len(transfer.files):  # what became a key took the record with it
-                    self._records.transfer_ended(transfer.uuid)
+                    self._underway.transfer_ended(transfer.uuid)
             except S4Error as e:  # the key is stored or not all the same; the next start drops the row
                 log.warning("transfer %s: %s", transfer.uuid, e)
 

@@ -24,8 +24,8 @@ from s4.index import (
     Maker,
     NewKey,
     NewTask,
-    Records,
     TaskChange,
+    Underway,
 )
 from s4.index import keys as index_keys
 from s4.index.query import run_query
@@ -376,15 +376,15 @@ def test_listings_hold_no_transaction_between_chunks(database: Database) -> None
 
 
 def test_what_a_crash_left_is_named_and_then_forgotten(database: Database) -> None:
-    records = Records(database)
-    records.transfer_began("u1", "put", ["b/é", 'b/"quoted"'], None, "::1")
-    records.transfer_began("u2", "get", ["b/other"], 5, "::1")
-    records.transfer_began("u3", "put", ["b/confirmed"], 5, "::1")
-    records.transfer_ended("u3")
-    paths, prefixes = records.left_by_crash()
+    underway = Underway(database)
+    underway.transfer_began("u1", "put", ["b/é", 'b/"quoted"'], None, "::1")
+    underway.transfer_began("u2", "get", ["b/other"], 5, "::1")
+    underway.transfer_began("u3", "put", ["b/confirmed"], 5, "::1")
+    underway.transfer_ended("u3")
+    paths, prefixes = underway.left_by_crash()
     assert (sorted(paths), prefixes) == (['b/"quoted"', "b/é"], [])
-    records.forget_crash()
-    assert records.left_by_crash() == ([], [])
+    underway.forget_crash()
+    assert underway.left_by_crash() == ([], [])
 
 
 def test_what_ran_when_the_node_stopped_is_lost_and_the_rest_never_began(database: Database) -> None:

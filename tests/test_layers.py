@@ -127,7 +127,7 @@ def test_workers_never_touch_the_index(module: str) -> None:
 def test_only_the_surface_knows_http_servers() -> None:
     assert {module for module in MODULES if "falcon" in IMPORTS[module]} == {
         "s4.api",
-        "s4.job_api",
+        "s4.jobapi",
         "s4.parameters",
     }
     assert {module for module in MODULES if "waitress" in IMPORTS[module]} == {"s4.server"}
@@ -135,7 +135,7 @@ def test_only_the_surface_knows_http_servers() -> None:
 
 
 def test_http_resources_hold_no_sql_and_no_processes() -> None:
-    assert not (IMPORTS["s4.api"] | IMPORTS["s4.job_api"]) & {
+    assert not (IMPORTS["s4.api"] | IMPORTS["s4.jobapi"]) & {
         "sqlite3",
         "sqlite_utils",
         "subprocess",

@@ -47,7 +47,6 @@ NEVER = {
     "locale",
     "logging",
     "multiprocessing",
-    "orjson",
     "pathlib",
     "platform",
     "queue",

@@ -3,7 +3,7 @@
 from s4.index.database import Database, Transaction
 from s4.index.jobs import Counts, JobIndex, JobRow, NewTask, ShareRow, TaskChange
 from s4.index.keys import KeyIndex, KeyRow, Maker, NewKey
-from s4.index.records import Records
+from s4.index.underway import Underway
 
 __all__ = [
     "Counts",
@@ -15,8 +15,8 @@ __all__ = [
     "Maker",
     "NewKey",
     "NewTask",
-    "Records",
     "ShareRow",
     "TaskChange",
     "Transaction",
+    "Underway",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from s4.index.database import Database, Transaction
 
 
-class Records:
+class Underway:
     """Transfers and removals of this node."""
 
     def __init__(self, database: Database) -> None:

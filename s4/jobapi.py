@@ -24,6 +24,7 @@ from s4.parameters import (
     is_size,
     job_id_or_new,
     json_lines,
+    json_list,
     json_object,
     needed,
     positive_seconds,
@@ -32,6 +33,7 @@ from s4.parameters import (
     whole_number,
     whole_of,
 )
+from s4.remains import REMOVED_AT_ONCE
 from s4.states import EVAL, MAP, MAP_FROM_N, MAP_TO_N, RUNNING, TASK_STATES
 
 DEFAULT_ROWS = 100_000  # of an SQL query
@@ -191,12 +193,10 @@ class RemoveOutputs:
         self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        body = json_list(req, REMOVED_AT_ONCE)
         try:
-            makers = [
-                Maker(str(folder), checked_job_id(job), task)
-                for folder, job, task in json.loads(req.bounded_stream.read())
-            ]
-        except (ValueError, TypeError, RecursionError):
+            makers = [Maker(str(folder), checked_job_id(job), task) for folder, job, task in body]
+        except (ValueError, TypeError):
             makers = []
         if not makers or not all(is_size(maker.task) for maker in makers):
             raise BadRequestError("the body must be a JSON list of [folder, job, task]")
