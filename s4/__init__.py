@@ -1,5 +1,5 @@
 """s4: a storage cluster with compute beside the data. Here is what Python programs use: the client, what its
-methods take and return, and the errors that carry more than a text."""
+methods take and return, and the errors that carry more than a text (the others are in s4.errors)."""
 
 from s4.errors import S4Error
 
@@ -10,11 +10,27 @@ if TYPE_CHECKING:
     from s4.client import Client
     from s4.copying import CopyError
     from s4.following import Watch
-    from s4.jobcontrol import JobError
+    from s4.jobcontrol import JobError, Request
+    from s4.queries import KeyInfo, Result
     from s4.results import Entry, Evaluation
-    from s4.summary import JobSummary
+    from s4.summary import JobSummary, Part, PlanPart, Task
 
-__all__ = ["Client", "CopyError", "Entry", "Evaluation", "JobError", "JobSummary", "S4Error", "Watch"]
+__all__ = [
+    "Client",
+    "CopyError",
+    "Entry",
+    "Evaluation",
+    "JobError",
+    "JobSummary",
+    "KeyInfo",
+    "Part",
+    "PlanPart",
+    "Request",
+    "Result",
+    "S4Error",
+    "Task",
+    "Watch",
+]
 
 _MODULES = {
     "Client": "s4.client",
@@ -23,6 +39,12 @@ _MODULES = {
     "Evaluation": "s4.results",
     "JobError": "s4.jobcontrol",
     "JobSummary": "s4.summary",
+    "KeyInfo": "s4.queries",
+    "Part": "s4.summary",
+    "PlanPart": "s4.summary",
+    "Request": "s4.jobcontrol",
+    "Result": "s4.queries",
+    "Task": "s4.summary",
     "Watch": "s4.following",
 }
 

@@ -14,6 +14,7 @@ NO_CONF_HINT = (
 )
 
 MAX_TIMEOUT = 366 * 86400.0  # seconds
+TIMEOUT_NEEDED = f"a number of seconds above 0 and at most {MAX_TIMEOUT:.0f} (366 days) is needed"
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 
@@ -163,7 +164,7 @@ def local_address(host: str) -> str | None:
 
 
 def timeout_setting() -> float:
-    """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is no positive number up to a year."""
+    """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is none up to MAX_TIMEOUT."""
     text = os.environ.get(TIMEOUT_ENVIRONMENT)
     if not text:
         return DEFAULT_TIMEOUT
@@ -172,7 +173,5 @@ def timeout_setting() -> float:
     except ValueError:
         seconds = -1
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ConfError(
-            f"{TIMEOUT_ENVIRONMENT}={text}: a number of seconds is needed, above 0, at most 366 days"
-        )
+        raise ConfError(f"{TIMEOUT_ENVIRONMENT}={text}: {TIMEOUT_NEEDED}")
     return seconds

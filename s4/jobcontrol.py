@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from s4 import jobcalls
 from s4.asking import at_once, check_all_reachable, down, each
-from s4.config import MAX_TIMEOUT
+from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED
 from s4.errors import (
     EXIT_FAILED,
     EXIT_UNREACHABLE,
@@ -77,9 +77,7 @@ class Request:
     def check(self) -> None:
         """Raises what a node would refuse, before anything is asked: MisuseError, BadRequestError."""
         if not 0 < self.timeout <= MAX_TIMEOUT:
-            raise MisuseError(
-                f"--timeout {self.timeout:g}: it must be above 0 and at most 366 days of seconds"
-            )
+            raise MisuseError(f"--timeout {self.timeout:g}: {TIMEOUT_NEEDED}")
         if not 0 <= self.retries <= MAX_RETRIES:
             raise MisuseError(f"--retries {self.retries}: it must be from 0 to {MAX_RETRIES}")
         for folder in (self.indir, self.outdir):

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import falcon
 
-from s4.config import MAX_TIMEOUT
+from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED
 from s4.errors import BadRequestError
 from s4.keys import new_job_id
 
@@ -59,7 +59,7 @@ def positive_seconds(name: str, given: object, default: float) -> float:
     except (TypeError, ValueError, OverflowError):
         seconds = 0
     if isinstance(given, bool) or not 0 < seconds <= MAX_TIMEOUT:
-        raise BadRequestError(f"{name} must be a positive number of seconds, at most 366 days")
+        raise BadRequestError(f"{name}: {TIMEOUT_NEEDED}")
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""What methods of the client return."""
+"""What `ls` and `eval` of the client return."""
 
 from collections import namedtuple
 

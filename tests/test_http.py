@@ -146,7 +146,7 @@ def test_recursive_that_is_neither_true_nor_false_is_400(node: Node, bucket: str
 def test_a_time_limit_that_is_no_number_of_seconds_is_400(node: Node, bucket: str, seconds: str) -> None:
     body = f'{{"cmd": "cat", "indir": "{bucket}/in/", "outdir": "{bucket}/out/", "timeout": {seconds}}}'
     answer = node.post("/map", body=body.encode())
-    wanted = "timeout must be a positive number of seconds, at most 366 days"
+    wanted = "timeout: a number of seconds above 0 and at most 31622400 (366 days) is needed"
     assert (answer.status, answer.text) == (400, wanted)
 
 
