@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from s4.errors import BadRequestError, LocalFileError, MissingError, S4Error, TransferError
 from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS, get_batch, get_one, put_batch, put_one
 from s4.keys import SCHEME, name_of, parse_key, parse_prefix, url
-from s4.streams import Incoming, send_hashed, widen_pipe
+from s4.streams import Incoming, send_all, send_hashed, widen_pipe
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
 if TYPE_CHECKING:
@@ -417,10 +417,7 @@ def _fill(sock: "_socket.socket", size: int) -> None:
     """Send something in place of a file that cannot be read, so that the others of its batch arrive."""
     if size > MAX_BATCH_BYTES:
         raise TransferError("a large file could not be read")
-    try:
-        sock.sendall(bytes(size))
-    except OSError as e:
-        raise TransferError(f"the connection broke: {e.strerror or e}") from e
+    send_all(sock, memoryview(bytes(size)))
 
 
 def _get_items(caller: "Caller", items: list[Item], failed: Callable[[Item, str], None]) -> None:

@@ -19,8 +19,9 @@ from s4.errors import (
 from s4.index import Counts, JobRow, NewTask, TaskChange
 from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
-from s4.shares import Services, exit_text, signal_of
+from s4.shares import TAIL_CHARACTERS, Services, exit_text, signal_of
 from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
+from s4.text import one_line
 from s4.waiting import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Ran
@@ -87,7 +88,7 @@ class Evals:
             storage.temporary_folder(work),
             storage.temporary_file(work),
             "eval",
-            storage.real_path(task.input),
+            self._services.real_path(task.input),
             [],
             environment,
         )
@@ -111,7 +112,9 @@ class Evals:
                 self._record_failure(job, task, ticket, e)
             self._services.storage.discard(job.id)
             if isinstance(e, (MissingError, TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
-                e.args = (f"{url(task.input)}: {e}",)  # who raised it knows the command, but not its key
+                said = one_line(ticket.stderr.decode("utf-8", "replace"), TAIL_CHARACTERS)
+                # Who raised it knows the command, but not its key.
+                e.args = (f"{url(task.input)}: {e}{': ' if said else ''}{said}",)
             raise
         return self._finished(job, task, ticket, ran)
 

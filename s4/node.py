@@ -74,7 +74,7 @@ class Node:
         self.keys = KeyIndex(self.database)
         self.underway = Underway(self.database)
         self.job_index = JobIndex(self.database)
-        recover(self.storage, self.keys, self.underway, self.job_index)
+        recover(self.storage, self.database)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
         self.removals = Gate(WAITING_REMOVALS)
@@ -90,7 +90,7 @@ class Node:
             self.pool,
             Gate(WAITING_TRANSFERS),
         )
-        services = Services(
+        self._services = Services(
             conf,
             position,
             self.keys,
@@ -100,8 +100,8 @@ class Node:
             self.transfers,
             limits.cpu_jobs,
         )
-        self.jobs = Jobs(services)
-        self.evals = Evals(services, Gate(limits.cpu_jobs + WAITING_EVALS))
+        self.jobs = Jobs(self._services)
+        self.evals = Evals(self._services, Gate(limits.cpu_jobs + WAITING_EVALS))
 
     def own_key(self, text: str) -> str:
         """The path of a key that belongs here. Raises BadKeyError or WrongNodeError."""
@@ -188,7 +188,7 @@ class Node:
     def stat(self, key: str) -> tuple[KeyRow, str]:
         """A key's row and the path of its file. Raises MissingError."""
         path = self.own_key(key)
-        return self.keys.get(path), self.storage.real_path(path)
+        return self.keys.get(path), self._services.real_path(path)
 
     def query(self, sql: str, limit: int) -> Iterator[Sequence[Any]]:
         """The names of the columns, then the rows of a query that only reads. Raises S4Error, also between

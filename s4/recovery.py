@@ -2,19 +2,27 @@
 
 import logging
 
-from s4.errors import S4Error
-from s4.index import JobIndex, KeyIndex, Underway
+from s4.errors import FullDiskError, S4Error
+from s4.index import Database, JobIndex, KeyIndex, Underway
 from s4.keys import SCHEME
 from s4.storage import Storage
 
 log = logging.getLogger("s4.recovery")
 
 
-def recover(storage: Storage, keys: KeyIndex, underway: Underway, jobs: JobIndex) -> None:
-    """Remove half-written files, and files without a row where the index says that something went on."""
+def recover(storage: Storage, database: Database, *, adopting: bool = False) -> None:
+    """Remove half-written files, and files without a row where the index says that something went on.
+
+    `adopting`: the index is in doubt, and files without a row, which are whole, are to become keys; then only
+    those go that were being removed.
+    """
+    keys, underway, jobs = KeyIndex(database), Underway(database), JobIndex(database)
     storage.empty_temporary()
     paths, prefixes = underway.left_by_crash()
-    prefixes += [outdir.removeprefix(SCHEME) for outdir in jobs.running_outdirs()]
+    if adopting:
+        paths = []
+    else:
+        prefixes += [outdir.removeprefix(SCHEME) for outdir in jobs.running_outdirs()]
     doomed = [path for path in paths if not keys.exists(path)]
     for prefix in prefixes:
         folder = prefix[: prefix.rfind("/")]
@@ -26,5 +34,8 @@ def recover(storage: Storage, keys: KeyIndex, underway: Underway, jobs: JobIndex
             log.warning("an unfinished file stays: %s", e)
     if doomed:
         log.info("removed up to %d files that the last run left unfinished", len(doomed))
-    underway.forget_crash()
-    jobs.interrupt_running()
+    for record in (underway.forget_crash, jobs.interrupt_running):
+        try:
+            database.making_room(record)
+        except FullDiskError as e:  # the node has to start all the same: nothing else could make room
+            log.error("what the last run left is not recorded as over: %s", e)

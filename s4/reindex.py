@@ -10,7 +10,7 @@ from itertools import islice
 
 from s4.config import Conf
 from s4.errors import BadKeyError, ConflictError, DamagedIndexError, S4Error
-from s4.index import Database, JobIndex, KeyIndex, KeyRow, Underway
+from s4.index import Database, KeyIndex, KeyRow
 from s4.keys import owner, parse_key, url
 from s4.recovery import recover
 from s4.storage import Storage
@@ -31,7 +31,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     storage = Storage(data)
     database = _open(storage.index_path)
     keys = KeyIndex(database)
-    recover(storage, keys, Underway(database), JobIndex(database))
+    recover(storage, database, adopting=True)
     cpus = len(os.sched_getaffinity(0))
     pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)
     counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}

@@ -66,6 +66,14 @@ class Services:
         """This node, as messages name it."""
         return str(self.conf.servers[self.position])
 
+    def real_path(self, path: str) -> str:
+        """The file of a key. Raises MissingError, which tells whether the key is gone, too."""
+        try:
+            return self.storage.real_path(path)
+        except MissingError:
+            self.keys.get(path)  # if the key is gone too, that is what there is to say
+            raise
+
 
 @dataclass(eq=False)
 class _Attempt:
@@ -288,10 +296,10 @@ class Share:
             members = self._inputs.group(task.input)
             if not members:
                 raise MissingError(f"no such key: {url(task.input)}")
-            stdin, lines = None, [self._real_path(path) for path in members]
+            stdin, lines = None, [self._services.real_path(path) for path in members]
             variables["S4_KEY"] = prefix_of(name_of(task.input))
         else:
-            stdin, lines = self._real_path(task.input), []
+            stdin, lines = self._services.real_path(task.input), []
             variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
         name = self._work_name(attempt)
         collect: str | Destination = "stdout"
@@ -310,18 +318,16 @@ class Share:
             stdout_bytes,
         )
         ticket = Ticket(
-            Kind.COMPUTE, command, time_limit=self.job.timeout, on_done=self._events.put, group=self.job.id
+            Kind.COMPUTE,
+            command,
+            time_limit=self.job.timeout,
+            on_done=self._events.put,
+            group=self.job.id,
+            last_try=not self.job.keep_going and not attempt.tries_left,
         )
         attempt.ticket = ticket
         self._commands[ticket] = attempt
         self._services.pool.submit(ticket)
-
-    def _real_path(self, path: str) -> str:
-        try:
-            return self._services.storage.real_path(path)
-        except MissingError:
-            self._services.keys.get(path)  # if the key is gone too, that is what there is to say
-            raise
 
     def _work_name(self, attempt: _Attempt) -> str:
         return f"{self.job.id}.{attempt.task.task}.{attempt.number}"

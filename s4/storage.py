@@ -23,7 +23,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
-from s4.errors import ConflictError, MissingError, S4Error
+from s4.errors import BusyError, ConflictError, MissingError, S4Error
 from s4.keys import url
 
 log = logging.getLogger("s4.storage")
@@ -101,15 +101,20 @@ class Storage:
         return wanted
 
     def open(self, path: str) -> int:
-        """A descriptor that reads the key's file. Raises MissingError, or S4Error for a symbolic link."""
+        """A descriptor that reads the key's file. Raises MissingError, S4Error for what is no file, BusyError
+        if too many files are open."""
         folder, name = os.path.split(path)
         try:
             with self._folder(folder) as fd:
-                return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
         except FileNotFoundError:
             raise _missing(path) from None
         except OSError as e:
             raise _explained(path, e) from e
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            os.close(found)
+            raise ConflictError(f"{url(path)}: something that is no file is in its place")
+        return found
 
     @contextlib.contextmanager
     def placing(self) -> Iterator[Callable[[str, str], None]]:
@@ -217,7 +222,12 @@ class Storage:
     def discard(self, name: str) -> None:
         """Remove what a task, or all tasks of a job, left in the temporary folders: NAME and NAME.…"""
         for folder in ("_tempfiles", "_tempdirs"):
-            for entry in os.scandir(os.path.join(self.root, folder)):
+            try:
+                entries = list(os.scandir(os.path.join(self.root, folder)))
+            except OSError as e:
+                log.warning("what %s left in %s stays until the next start: %s", name, folder, e.strerror)
+                continue
+            for entry in entries:
                 if entry.name == name or entry.name.startswith(name + "."):
                     try:
                         remove_tree(entry.path)
@@ -307,6 +317,8 @@ def _missing(path: str) -> MissingError:
 
 
 def _explained(path: str, e: OSError) -> S4Error:
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return BusyError(f"{url(path)}: {e.strerror}; try again later")
     if e.errno in (errno.ELOOP, errno.ENOTDIR):
         return ConflictError(
             f"{url(path)}: something that is no folder of keys, such as a symbolic link, is in the way"

@@ -13,16 +13,24 @@ import fcntl
 import os
 import select
 import struct
+import sys
+import time
+from functools import partial
 
 import xxhash
 
 from s4.dial import dial
 from s4.errors import TransferError
 
+TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 BLOCK = 256 * 1024  # measured: larger blocks are no faster and sometimes much slower
 IDLE_SECONDS = 5.0  # a connection on which nothing moves for so long is dropped
 _EXTENT = 64 * 1024 * 1024  # disk space reserved at once for a file of unknown size
 _SENDFILE_AT_ONCE = 4 * 1024 * 1024
+_LOOK_SECONDS = 0.25  # how often it is looked at whether a slow receiver still takes something
 
 
 def set_idle_limit(sock: _socket.socket, seconds: float = IDLE_SECONDS) -> None:
@@ -31,9 +39,12 @@ def set_idle_limit(sock: _socket.socket, seconds: float = IDLE_SECONDS) -> None:
     The kernel's own timer: a Python timeout would poll before each call.
     """
     sock.settimeout(None)
-    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _timeval(seconds))
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _timeval(min(seconds, _LOOK_SECONDS)))
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def connect(host: str, port: int) -> _socket.socket:
@@ -122,24 +133,56 @@ def send_stored(sock: _socket.socket, source: int, size: int) -> None:
 
     Raises TransferError when the receiver stalls or leaves, or the file is shorter.
     """
-    # Not blocking: a blocked sendfile would come back after the idle limit with what went before, as if
-    # it had moved, and the next one would wait as long again.
-    sock.setblocking(False)
-    writable = select.poll()
-    writable.register(sock, select.POLLOUT)
+    receiver = _Receiver(sock)
     offset = 0
     while offset < size:
-        try:
-            sent = os.sendfile(sock.fileno(), source, offset, min(size - offset, _SENDFILE_AT_ONCE))
-        except BlockingIOError as e:
-            if not writable.poll(IDLE_SECONDS * 1000):
-                raise _broken(e) from e
-            continue
-        except OSError as e:
-            raise _broken(e) from e
+        count = min(size - offset, _SENDFILE_AT_ONCE)
+        sent = receiver.send(partial(os.sendfile, sock.fileno(), source, offset, count))
         if sent == 0:
             raise TransferError(f"a file is shorter than expected: {offset} instead of {size} bytes")
-        offset += sent
+        offset += sent or 0
+
+
+class _Receiver:
+    """The other end of a connection, which may be slow but must not stand still.
+
+    The kernel lets a sender go on only when a third of its buffer, of megabytes, is free again, for which a
+    slow reader may need longer than IDLE_SECONDS. What it takes shows in the length of the queue, see tcp(7).
+    """
+
+    def __init__(self, sock: _socket.socket) -> None:
+        self._sock = sock
+        self._sent = 0  # bytes
+        self._taken = -1  # of these, when it was last looked at
+        self._since = 0.0  # monotonic: when that changed
+
+    def send(self, call: "Callable[[], int]") -> int | None:
+        """How many bytes `call()` has sent; None if there was no room for any in _LOOK_SECONDS.
+
+        Raises TransferError when the receiver has taken nothing for IDLE_SECONDS, or is gone.
+        """
+        began = time.monotonic()
+        sent = None
+        try:
+            sent = call()
+            self._sent += sent
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            raise _broken(e) from e
+        if time.monotonic() - began > _LOOK_SECONDS / 2:
+            self._look()
+        return sent
+
+    def _look(self) -> None:
+        from termios import TIOCOUTQ
+
+        taken = self._sent - int.from_bytes(fcntl.ioctl(self._sock, TIOCOUTQ, bytes(4)), sys.byteorder)
+        now = time.monotonic()
+        if taken != self._taken:
+            self._taken, self._since = taken, now
+        elif now > self._since + IDLE_SECONDS:
+            raise _stalled()
 
 
 def send_hashed(sock: _socket.socket, source: int, size: int | None) -> tuple[int, str]:
@@ -157,12 +200,16 @@ def send_hashed(sock: _socket.socket, source: int, size: int | None) -> tuple[in
         if count == 0:
             break
         digest.update(buffer[:count])
-        try:
-            sock.sendall(buffer[:count])
-        except OSError as e:
-            raise _broken(e) from e
+        send_all(sock, buffer[:count])
         total += count
     return total, format(digest.intdigest(), "x")
+
+
+def send_all(sock: _socket.socket, data: memoryview) -> None:
+    """Send all of it. Raises TransferError when the receiver stalls or leaves."""
+    receiver = _Receiver(sock)
+    while data:
+        data = data[receiver.send(partial(sock.send, data)) or 0 :]
 
 
 def wait_for_bytes(source: int) -> None:
@@ -192,8 +239,12 @@ def checksum_of(source: int) -> tuple[int, str]:
 
 def _broken(e: OSError) -> TransferError:
     if isinstance(e, BlockingIOError):
-        return TransferError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
+        return _stalled()
     return TransferError(f"the connection broke: {_reason(e)}")
+
+
+def _stalled() -> TransferError:
+    return TransferError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
 
 
 def _reason(e: OSError) -> str:

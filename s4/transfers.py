@@ -5,6 +5,7 @@ the answer can confirm again. What is never confirmed expires.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from s4.errors import (
     TransferError,
 )
 from s4.exchange import MAX_BATCH_KEYS
-from s4.index import KeyIndex, NewKey, Transaction, Underway
+from s4.index import KeyIndex, KeyRow, NewKey, Transaction, Underway
 from s4.keys import url
 from s4.storage import Storage
 from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
@@ -36,6 +37,7 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
+OPEN_TRIES = 10  # for keys that change meanwhile
 # Keys that one transaction makes; bounds how long other writers wait. A put, with its record, is one.
 TRANSACTION_KEYS = MAX_BATCH_KEYS
 
@@ -125,6 +127,7 @@ class Transfers:
         self._transfers: dict[str, _Transfer] = {}
         self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
         self._listeners: list[socket.socket] = []  # idle ones
+        self._unrecorded: list[str] = []  # ended, but still in the record of what is under way
 
     def prepare_put(
         self, entries: Sequence[tuple[str, int | None, int | None]], peer: str, job: str | None = None
@@ -148,7 +151,7 @@ class Transfers:
         name = str(uuid.uuid4())
         files = [self._storage.temporary_file(f"{name}.{i}") for i in range(len(wanted))]
         sizes = [size for _path, size, _task in wanted]
-        with contextlib.ExitStack() as on_error:
+        with _busy_without_descriptors(), contextlib.ExitStack() as on_error:
             listener = on_error.enter_context(self._listener())
             port: int = listener.getsockname()[1]
             receive = Receive(files, sizes, peer)
@@ -259,21 +262,10 @@ class Transfers:
 
         `confirmed` says whether the caller will confirm. Raises BusyError if no slot becomes free in time.
         """
-        refused: list[S4Error | None] = []
         fds: list[int] = []
-        found = []
-        with contextlib.ExitStack() as on_error:
+        with _busy_without_descriptors(), contextlib.ExitStack() as on_error:
             on_error.callback(_close_all, fds)
-            for path, row in zip(paths, self._keys.get_all(paths), strict=True):
-                try:
-                    if row is None:
-                        raise MissingError(f"no such key: {url(path)}")
-                    fds.append(self._storage.open(path))
-                except S4Error as e:
-                    refused.append(e)
-                else:
-                    refused.append(None)
-                    found.append(row)
+            refused, found = self._open_all(paths, fds)
             if not found:
                 return Prepared("", 0, refused, [])
             name = str(uuid.uuid4())
@@ -298,6 +290,31 @@ class Transfers:
             name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed, listener=listener
         )
         return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
+
+    def _open_all(self, paths: Sequence[str], fds: list[int]) -> tuple[list[S4Error | None], list[KeyRow]]:
+        """Open the files of keys, at the end of `fds`; why a key was refused, and the rows of the others."""
+        for _ in range(OPEN_TRIES):
+            refused: list[S4Error | None] = []
+            found: list[KeyRow] = []
+            rows = self._keys.get_all(paths)
+            for path, row in zip(paths, rows, strict=True):
+                try:
+                    if row is None:
+                        raise MissingError(f"no such key: {url(path)}")
+                    fds.append(self._storage.open(path))
+                except BusyError:
+                    raise
+                except S4Error as e:
+                    refused.append(e)
+                else:
+                    refused.append(None)
+                    found.append(row)
+            # A key may have been removed in between, and made again with other bytes.
+            if self._keys.get_all(paths) == rows:
+                return refused, found
+            _close_all(fds)
+            fds.clear()
+        raise BusyError(f"{url(paths[0])}: it is removed and made again all the time; try again later")
 
     def confirm_get(self, name: str, checksum: str) -> None:
         """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
@@ -357,8 +374,9 @@ class Transfers:
             try:
                 if len(left) == len(transfer.files):  # what became a key took the record with it
                     self._underway.transfer_ended(transfer.uuid)
-            except S4Error as e:  # the key is stored or not all the same; the next start drops the row
-                log.warning("transfer %s: %s", transfer.uuid, e)
+            except S4Error as e:  # as on a full disk
+                log.warning("transfer %s: its end is not recorded yet: %s", transfer.uuid, e)
+                self._unrecorded.append(transfer.uuid)
 
     def _let_go(self, transfer: _Transfer) -> None:
         """Keep the port of a transfer whose one connection has come and ended well."""
@@ -370,8 +388,14 @@ class Transfers:
             transfer.listener.close()
 
     def expire(self) -> None:
-        """Drop what nobody confirmed; called about once a second."""
+        """Drop what nobody confirmed, and record what could not be recorded; called about once a second."""
         now = time.monotonic()
+        unrecorded, self._unrecorded = self._unrecorded, []
+        for name in unrecorded:
+            try:
+                self._underway.transfer_ended(name)
+            except S4Error:
+                self._unrecorded.append(name)
         for name, outcome in list(self._outcomes.items()):
             if now > outcome.ended_s + OUTCOME_SECONDS:
                 del self._outcomes[name]
@@ -381,6 +405,16 @@ class Transfers:
                 if not transfer.confirmed_by_caller or unconfirmed_s > UNCONFIRMED_SECONDS:
                     with transfer.lock:
                         self._end(transfer, transfer.files)
+
+
+@contextlib.contextmanager
+def _busy_without_descriptors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise BusyError(f"{e.strerror}; try again later") from e
+        raise
 
 
 def _close_all(fds: list[int]) -> None:

@@ -126,10 +126,11 @@ def test_output_and_stderr_of_a_failure_arrive_too(cluster: Cluster, key: str) -
 
 
 def test_a_command_over_its_time_limit_names_its_key(cluster: Cluster, key: str) -> None:
-    said = f"{key}: killed after its time limit of 0.5 s"
-    cluster.fails("eval", key, "sleep 7303", env={"S4_TIMEOUT": "0.5"}, code=1, says=said)
+    said = f"{key}: killed after its time limit of 0.5 s: one | two"
+    command = "echo one >&2; echo two >&2; sleep 7303"
+    cluster.fails("eval", key, command, env={"S4_TIMEOUT": "0.5"}, code=1, says=said)
     limit = {"key": key, "timeout": 0.5}
-    answer = cluster.owner(key).request("POST", "/eval", limit, b"sleep 7303", 60)
+    answer = cluster.owner(key).request("POST", "/eval", limit, command.encode(), 60)
     assert (answer.status, answer.json()) == (400, {"exitcode": 137, "stdout": "", "stderr": said + "\n"})
     eventually(lambda: not running("sleep\x007303"), 5)
 

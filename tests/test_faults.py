@@ -184,6 +184,22 @@ def test_the_death_of_the_helpers_of_the_pool_is_survived(start_cluster: Start) 
     _whole_again(node, set(below))
 
 
+def test_workers_whose_fork_server_is_gone_are_still_looked_after(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    workers = eventually(lambda: len(found := node.workers()) >= 2 and found, 10)
+    assert isinstance(workers, list)
+    for pid in {worker.parent for worker in workers}:
+        procs.kill(pid)
+    eventually(
+        lambda: all(worker.parent == node.pid for worker in node.workers()), 5, "they have a new parent"
+    )
+    for worker in workers:
+        procs.kill(worker.pid)
+    _whole_again(node, {worker.pid for worker in workers})
+    assert node.log.count("died, exit code -9") == len(workers)
+    eventually(lambda: not [w for w in workers if procs.alive(w.pid)], 5, "none is left as a zombie")
+
+
 def test_jobs_and_evals_together_keep_to_the_limit_of_commands(start_cluster: Start) -> None:
     cluster, node = _alone(start_cluster, "-max-cpu-jobs", "2")
     for i in range(12):
@@ -790,12 +806,17 @@ def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> No
     try:
         node.start()
         cluster.put_all({f"s4://b/{i:03}": bytes(10_000) for i in range(300)})
+        result = cluster.run("map", "s4://b/", "s4://o/", "head -c 25000000 /dev/zero > x")
+        assert result.code == 1 and "No space left on device" in result.err  # what a command says has room
+        eventually(lambda: cluster.run("eval", "s4://b/000", "true").code == 0, 5, "there is room again")
         node.terminate()  # which leaves the index without room of its own
         node.start()
-        with open(node.data / "_tempfiles" / "fill", "wb", buffering=0) as fill, contextlib.suppress(OSError):
+        with open(node.data / "_fill", "wb", buffering=0) as fill, contextlib.suppress(OSError):
             while True:
                 fill.write(bytes(4096))
         cluster.fails("cp", "-", "s4://b/more", data=b"x", code=1, says="full; s4 rm makes room")
+        node.kill()
+        node.start()
         assert cluster.s4("cp", "s4://b/000", "-").out == bytes(10_000)
         cluster.s4("cp", "-r", "s4://b/", "copy/")
         cluster.s4("rm", "s4://b/000")

@@ -1,7 +1,10 @@
 """The HTTP interface as another client uses it: each request, each status, and raw sockets for the bytes."""
 
+import itertools
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,6 +262,57 @@ def _within_six_seconds(request: Callable[[], Answer]) -> None:
     answer = request()
     assert answer.status == 200, answer
     assert time.monotonic() - began < 6
+
+
+def test_a_reader_that_is_slow_but_steady_gets_all(narrow: Node) -> None:
+    size = 20 << 20
+    narrow.put("s4://b/000", bytes(size))
+    uuid, port = narrow.prepare_get("s4://b/000")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        slow.settimeout(60)
+        slow.connect((narrow.host, port))
+        took = 0
+        end = time.monotonic() + 8  # longer than a receiver may stand still
+        while time.monotonic() < end:
+            took += len(slow.recv(20_000))
+            time.sleep(0.2)
+        took += len(read_to_end(slow))
+    assert took == size
+    assert narrow.post("/confirm_get", uuid=uuid, checksum=checksum_of(bytes(size))).status == 200
+
+
+def test_a_get_beside_removals_and_puts_of_the_key_is_whole_or_not_there(node: Node) -> None:
+    stop = threading.Event()
+
+    def change() -> None:
+        for i in itertools.count():
+            if stop.is_set():
+                return
+            node.put("s4://churn/000", b"%d" % i * (i % 50 + 1))
+            node.post("/delete", prefix="s4://churn/000")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    found = Counter[int]()
+    try:
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            answer = node.post("/prepare_get", key="s4://churn/000")
+            found[answer.status] += 1
+            if answer.status == 200:
+                uuid, port = answer.text.split()
+                data = node.receive(int(port))
+                confirmed = node.post("/confirm_get", uuid=uuid, checksum=checksum_of(data))
+                assert confirmed.status == 200, confirmed
+            elif answer.status == 404:
+                assert "no such key" in answer.text
+            answer = node.post("/eval", key="s4://churn/000", body=b"cat")
+            assert answer.status in (200, 404), answer
+    finally:
+        stop.set()
+        thread.join()
+    assert set(found) <= {200, 404, 429} and found[200] > 10, found
 
 
 def test_a_prepared_put_that_nobody_sends_to_lets_the_next_through(narrow: Node) -> None:

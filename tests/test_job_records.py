@@ -159,6 +159,18 @@ def test_cpu_time_and_memory_are_those_of_the_command_and_its_children(cluster: 
     assert 150e6 < task["peak_memory"] < 300e6
 
 
+def test_what_a_command_left_to_itself_counts_too(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    script = "import time; x = b'x' * 150_000_000\nwhile time.process_time() < 0.5: pass\nopen('over', 'w')"
+    (cluster.work / "left.py").write_text(script)
+    command = f"({BIN / 'python3'} {cluster.work}/left.py &); until [ -e over ]; do sleep 0.01; done"
+    cluster.s4("map", f"{bucket}/in/", f"{bucket}/out/", command)
+    node, share = _shares(cluster, f"{bucket}/out/")[0]
+    [task] = _tasks(node, share["id"])
+    assert 0.5 <= task["cpu_seconds"] <= task["seconds"] * 2
+    assert 150e6 < task["peak_memory"] < 300e6
+
+
 def test_an_eval_is_recorded(cluster: Cluster, bucket: str) -> None:
     cluster.put(f"{bucket}/000", b"12345")
     assert cluster.run("eval", f"{bucket}/000", "cat; echo no >&2; exit 4").code == 4

@@ -304,6 +304,7 @@ def test_commands_are_scheduled_as_batch_unless_the_server_is_scheduled_as_somet
 ) -> None:
     cluster = start_cluster(1)
     node = cluster.nodes[0]
+    eventually(lambda: len(node.workers()) == 2, 10, "no further worker is being started")
     for pid in (node.pid, *(process.pid for process in descendants(node.pid))):
         os.sched_setscheduler(pid, policy, os.sched_param(0))
     cluster.put("s4://b/in/000", b"")

@@ -4,6 +4,7 @@ that nothing of a command outlives it.
 A pool takes in, and ends, what its process started in other sessions, so each test runs in a process alone.
 """
 
+import errno
 import functools
 import os
 import signal
@@ -31,7 +32,7 @@ from s4.errors import (
     TransferError,
     WorkerDiedError,
 )
-from s4.workers import Kind, Pool, Ticket
+from s4.workers import Kind, Pool, Ticket, processes
 from s4.workers.tasks import Command, Push, Ran, Receive, Received, Send, StoredFile
 
 COMPUTE_SLOTS = 2
@@ -49,6 +50,7 @@ class Bench:
         self.made = 0
         for name in ("run", "dirs", "files"):
             (folder / name).mkdir()
+        (folder / "empty").touch()
         limits = {Kind.COMPUTE: COMPUTE_SLOTS, Kind.SEND: 1, Kind.RECEIVE: 1}
         self.pool = Pool(limits, str(folder / "run"))
 
@@ -58,14 +60,17 @@ class Bench:
         time_limit: float | None = None,
         on_done: Callable[[Ticket], None] | None = None,
         group: str = "",
-        stdin: str = os.devnull,
+        stdin: str = "",
+        *,
+        last_try: bool = False,
     ) -> Ticket:
         self.made += 1
+        stdin = stdin or str(self.folder / "empty")
         name = f"t{self.made}"
         task = Command(
             line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", stdin
         )
-        return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, group))
+        return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, group, last_try))
 
     def run(self, line: str) -> Ran:
         return ran(self.command(line))
@@ -152,8 +157,11 @@ def test_a_command_whose_input_is_gone_or_cannot_be_opened_is_not_run(bench: Ben
     with socket.socket(socket.AF_UNIX) as cannot_be_opened:
         cannot_be_opened.bind(str(place))
         for _ in range(COMPUTE_SLOTS):
-            answer = ran(bench.command("echo not this", stdin=str(place)))
-            assert (answer.exitcode, output(answer)) == (1, b"") and b"No such device" in answer.tail
+            with pytest.raises(S4Error, match="No such device"):
+                bench.command("echo not this", stdin=str(place)).result(30)
+    os.mkfifo(bench.folder / "fifo")
+    with pytest.raises(S4Error, match="no file is in its place"):
+        bench.command("echo not this", stdin=str(bench.folder / "fifo")).result(30)
     for _ in range(COMPUTE_SLOTS):
         assert output(bench.run("cat; echo after")) == b"after\n"
 
@@ -194,6 +202,26 @@ def test_commands_that_wait_run_in_the_order_of_their_coming(bench: Bench) -> No
 
 
 @in_a_process_alone
+def test_after_a_failure_that_ends_its_group_no_further_command_of_it_starts(bench: Bench) -> None:
+    log = bench.folder / "log"
+    bench.sleeping("600.22")
+    ways = [("exit 3", None), ("kill -9 $PPID; sleep 9", None), ("sleep 600.23", 0.2)]
+    for i, (line, limit) in enumerate(ways):
+        group = f"job{i}"
+        failing = bench.command(f"echo failing{i} >>{log}; {line}", limit, group=group, last_try=True)
+        rest = [bench.command(f"echo rest{i} >>{log}", group=group) for _ in range(3)]
+        other = bench.command(f"echo other{i} >>{log}")
+        assert ran(other).exitcode == 0
+        assert failing.done
+        for ticket in rest:
+            bench.pool.cancel(ticket, CancelledError("a task before it failed"))
+        again = bench.command(f"echo again{i} >>{log}", group=group)
+        assert ran(again).exitcode == 0
+    said = log.read_text().split()
+    assert said == [f"{what}{i}" for i in range(3) for what in ("failing", "other", "again")]
+
+
+@in_a_process_alone
 def test_groups_take_turns_and_the_one_with_fewest_running_is_first(bench: Bench) -> None:
     log = bench.folder / "log"
     bench.sleeping("600.21", group="large")
@@ -220,6 +248,41 @@ def test_the_death_of_a_busy_worker_costs_its_one_command(bench: Bench) -> None:
     assert processes_of("600.31") == []
     assert output(ran(waiting)) == b"waited\n"
     assert ran(other).exitcode == 0
+
+
+@in_a_process_alone
+def test_what_a_dead_worker_left_is_ended_later_if_that_fails_at_first(bench: Bench) -> None:
+    kill_children, failures = processes.kill_children, 3
+
+    def fails(chosen: Callable[[int, int], bool]) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc")
+        kill_children(chosen)
+
+    doomed = bench.sleeping("600.32")
+    assert doomed.pid is not None
+    processes.kill_children = fails
+    os.kill(doomed.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError):
+        doomed.result(10)
+    assert [ran(bench.command("echo fine")).exitcode for _ in range(COMPUTE_SLOTS + 1)] == [0] * 3
+    eventually(lambda: processes_of("600.32") == [], 5, "the command is ended")
+    left = bench.folder / "run" / f"worker-{doomed.pid}"
+    eventually(lambda: not left.exists(), 5, "the files are gone")
+
+
+@in_a_process_alone
+def test_a_bash_that_is_killed_while_it_is_idle_is_replaced(bench: Bench) -> None:
+    for _ in range(2):
+        tickets = [bench.sleeping(f"0.5{i}") for i in range(COMPUTE_SLOTS)]
+        assert [ran(ticket).exitcode for ticket in tickets] == [0] * COMPUTE_SLOTS
+        shells = [p.pid for p in procs.descendants(os.getpid()) if "bash\0--noprofile" in p.command]
+        assert len(shells) == COMPUTE_SLOTS
+        for pid in shells:
+            procs.kill(pid)
+    assert output(bench.run("echo fine")) == b"fine\n"
 
 
 @in_a_process_alone

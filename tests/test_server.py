@@ -544,6 +544,25 @@ def test_reindex_after_a_death_keeps_what_was_confirmed_and_nothing_else(alone: 
     node.start()
 
 
+def test_reindex_takes_files_for_keys_whatever_an_index_in_doubt_says_of_jobs(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    alone.put_all({f"s4://b/in/{i:03}": b"x" for i in range(9)})
+    alone.s4("map", "s4://b/in/", "s4://b/out/", "cat")
+    made = alone.contents("s4://b/out/")
+    node.terminate()
+    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as db:  # as it was earlier
+        db.execute("DELETE FROM keys WHERE path LIKE 'b/out/%'")
+        db.execute("UPDATE jobs SET state = 'running', finished_s = NULL")
+        db.execute("INSERT INTO transfers VALUES ('u', 'put', 1, 1, '127.0.0.1', 1.0, '[\"b/out/000\"]')")
+        db.commit()
+    code, out, _err = _reindex(node)
+    assert code == 0 and out.startswith("18 files, 9 added, 0 corrected, 0 dropped")
+    node.start()
+    assert alone.contents("s4://b/out/") == made and len(made) == 9
+    node.check()
+
+
 def test_reindex_computes_thousands_of_checksums_fast(alone: Cluster) -> None:
     (node,) = alone.nodes
     for i in range(20):

@@ -10,10 +10,10 @@ import importlib.util
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from s4.errors import DamagedIndexError, FullDiskError, S4Error, StoppingError
 
@@ -31,6 +31,8 @@ RESERVE_BYTES = 1024 * 1024  # several times what the removal of a few hundred k
 # What `write` gives: the connection, inside a transaction.
 Transaction: TypeAlias = sqlite3.Connection
 
+T = TypeVar("T")
+
 
 class Database:
     """node.db, migrated to the newest schema when it is opened.
@@ -41,18 +43,22 @@ class Database:
     def __init__(self, path: str) -> None:
         self.path = path
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            _migrate(path)
-            self._writer = self._connect()
-            self._writer.execute("PRAGMA cache_size = -8000")
-        except sqlite3.Error as e:
-            raise _explained(path, e) from e
+        self._reserve = path + "-reserve"
+        self._writer = self.making_room(self._open)
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
         self._local = threading.local()
         self._closed = False
-        self._reserve = path + "-reserve"
         self.keep_reserve()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            _migrate(self.path)
+            writer = self._connect()
+            writer.execute("PRAGMA cache_size = -8000")
+        except sqlite3.Error as e:
+            raise _explained(self.path, e) from e
+        return writer
 
     def _connect(self) -> sqlite3.Connection:
         # Autocommit, so that transactions are only where they are written down. The writer moves between
@@ -107,9 +113,17 @@ class Database:
                 self.free_reserve()
 
     def free_reserve(self) -> None:
-        """Let go of the space that was held back, for what makes room."""
+        """Let go of the space that was held back."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._reserve)
+
+    def making_room(self, action: Callable[[], T]) -> T:
+        """What `action()` returns, which has to work on a full disk: tried again without the reserve."""
+        try:
+            return action()
+        except FullDiskError:
+            self.free_reserve()
+            return action()
 
     def check(self) -> None:
         """Read the whole file. Raises DamagedIndexError if it is not sound."""

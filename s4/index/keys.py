@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from s4.errors import ConflictError, FullDiskError, MissingError, S4Error
+from s4.errors import ConflictError, MissingError, S4Error
 from s4.index.database import Database, Transaction
 from s4.keys import range_end, url
 
@@ -180,11 +180,7 @@ class KeyIndex:
     ) -> int:
         """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds; how many
         there were."""
-        try:
-            gone = self._remove_rows(prefix, which, parameters)
-        except FullDiskError:
-            self._db.free_reserve()
-            gone = self._remove_rows(prefix, which, parameters)
+        gone = self._db.making_room(lambda: self._remove_rows(prefix, which, parameters))
         if not gone:
             return 0
         # A file goes only while no row stands for it: a put of the same key may have come in between.

@@ -1,7 +1,6 @@
 """Running one command of a job: its folder, its input, its bash, and its outputs."""
 
 import contextlib
-import errno
 import os
 import stat
 
@@ -29,15 +28,17 @@ class Commands:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
         scratch = self._scratch
         scratch.renew()
-        stdin, stdout = task.stdin, scratch.stdout
+        stdout = scratch.stdout
         self._give_folder(task.folder)
+        source = -1
         try:
-            if stdin is None:
+            if task.stdin is None:
                 stdin = scratch.stdin
                 with open(stdin, "w", encoding="utf-8") as f:
                     f.writelines(line + "\n" for line in task.input_lines)
-            elif not os.path.exists(stdin):  # removed while the task waited
-                raise MissingError(f"its input is gone: {os.strerror(errno.ENOENT)}")
+            else:
+                source = _open_input(task.stdin)
+                stdin = f"/proc/{os.getpid()}/fd/{source}"  # which stays what it is
             with reserved(stdout, task.stdout_bytes):
                 exitcode, usage = self._shell.run(
                     task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
@@ -62,6 +63,8 @@ class Commands:
                 os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
+            if source >= 0:
+                os.close(source)
             self._take_folder(task.folder)
             remove_tree(scratch.stdout)
 
@@ -83,6 +86,18 @@ class Commands:
         except OSError:
             pass
         remove_tree(folder)
+
+
+def _open_input(path: str) -> int:
+    """A descriptor of the file of a key. Raises MissingError if it was removed while the task waited."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as e:
+        raise MissingError(f"its input is gone: {e.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise S4Error(f"its input is gone: something that is no file is in its place: {path}")
+    return fd
 
 
 def _finished(made: str, target: str, name: str = "", *, stays: bool = True) -> StoredFile:

@@ -26,7 +26,7 @@ from s4 import errors
 from s4.errors import S4Error, StoppingError, WorkerDiedError
 from s4.workers import processes
 from s4.workers.scratch import Scratch, read_tail
-from s4.workers.tasks import Failure, Result, Task
+from s4.workers.tasks import Failure, Ran, Result, Task
 
 SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
 MAX_SERVED = 1000  # groups whose last turn is remembered
@@ -56,16 +56,19 @@ class Ticket:
         time_limit: float | None = None,
         on_done: Callable[["Ticket"], None] | None = None,
         group: str = "",
+        last_try: bool = False,
     ) -> None:
         """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. `group` is the
         job; tickets for which a request waits are a group together. Groups share the slots, so that neither
-        the thousands of a job nor a stream of requests keeps others waiting."""
+        the thousands of a job nor a stream of requests keeps others waiting. `last_try`: when it fails, no
+        further command of its group is to start."""
         self.kind = kind
         self.task = task
         self.fds = list(fds)
         self.time_limit = time_limit
         self.on_done = on_done
         self.group = group
+        self.last_try = last_try
         self.pid: int | None = None
         self.stderr = b""  # the end of what a command wrote whose worker died or was killed
         self.started_s = 0.0  # seconds since 1970
@@ -144,6 +147,7 @@ class Pool:
         self._queues: dict[Kind, deque[Ticket]] = {kind: deque() for kind in Kind}
         self._running = dict.fromkeys(Kind, 0)
         self._served: dict[str, float] = {}  # by group: when, by the monotonic clock, it last got a slot
+        self._held: set[str] = set()  # groups of which no command is to start, while some wait
         self._idle: list[_Worker] = []
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.Lock()
@@ -151,6 +155,8 @@ class Pool:
         self._retires_at = time.monotonic() + IDLE_SECONDS
         self._spawns_at = 0.0  # monotonic: no worker is started before
         self._wakes_at = 0.0  # monotonic: when the loop looks at the deadlines again
+        self._dead: list[_Worker] = []  # of which something may be left
+        self._buries_at = float("inf")  # monotonic: when that is looked after again
         self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = os.pipe()
@@ -182,8 +188,11 @@ class Pool:
     def cancel(self, ticket: Ticket, reason: S4Error) -> None:
         """End a ticket, with everything that its command started. Does nothing if it is over."""
         with self._lock:
-            if ticket in self._queues[ticket.kind]:
-                self._queues[ticket.kind].remove(ticket)
+            queue = self._queues[ticket.kind]
+            if ticket in queue:
+                queue.remove(ticket)
+                if not self._has_commands(ticket.group):
+                    self._held.discard(ticket.group)
                 self._finished.append((ticket, None, reason))
                 self._wake()
                 return
@@ -217,11 +226,15 @@ class Pool:
         """Give tickets to idle workers; False if a ticket could run but needs a new worker."""
         for kind in Kind:
             queue = self._queues[kind]
-            while queue and self._running[kind] < self._limits[kind]:
+            while self._running[kind] < self._limits[kind]:
+                ready = [t for t in queue if t.group not in self._held] if self._held else queue
+                if not ready:
+                    break
                 if not self._idle:
                     return False
                 worker = self._idle.pop()
-                ticket = self._next(queue)
+                ticket = self._next(ready)
+                queue.remove(ticket)
                 self._running[kind] += 1
                 worker.ticket, ticket.pid = ticket, worker.pid
                 ticket.started_s, ticket.began_s = time.time(), time.monotonic()
@@ -240,8 +253,8 @@ class Pool:
                 ticket._started.set()
         return True
 
-    def _next(self, queue: deque[Ticket]) -> Ticket:
-        """Take the ticket whose turn it is: of the group with the fewest running, among those of the one that
+    def _next(self, queue: Sequence[Ticket]) -> Ticket:
+        """The ticket whose turn it is: of the group with the fewest running, among those of the one that
         was served longest ago; within a group first come, first served."""
         first = queue[0]
         if any(ticket.group != first.group for ticket in queue):
@@ -253,7 +266,6 @@ class Pool:
         if len(self._served) > MAX_SERVED:
             self._served.clear()
         self._served[first.group] = time.monotonic()
-        queue.remove(first)
         return first
 
     def _loop(self) -> None:
@@ -279,13 +291,15 @@ class Pool:
                 self._retires_at = now + IDLE_SECONDS
                 self._retire(now)
             deadlines = [w.deadline for w in self._workers.values() if w.reason is None]
-            self._wakes_at = min([self._retires_at, *deadlines])
+            self._wakes_at = min([self._retires_at, self._buries_at, *deadlines])
             if short and not stopping:
                 self._wakes_at = min(self._wakes_at, self._spawns_at)
             timeout = max(0.0, self._wakes_at - now)
             finished, self._finished = self._finished, []
         for ticket, answer, error in finished:
             self._finish(ticket, answer, error)
+        if now >= self._buries_at:
+            self._clear_up()
         if stopping and not self._workers:
             return True
         if short and not stopping and now >= self._spawns_at:
@@ -327,6 +341,8 @@ class Pool:
             return
         with self._lock:
             ticket = self._free(worker)
+            if ticket is not None and _failed(answer):
+                self._hold(ticket)
             if worker.reason is None:
                 worker.idle_since = time.monotonic()
                 self._idle.append(worker)
@@ -340,34 +356,57 @@ class Pool:
             self._running[ticket.kind] -= 1
         return ticket
 
+    def _hold(self, ticket: Ticket) -> None:
+        """Start nothing more of the group of a ticket that has failed, if that is what its failure means. Who
+        submitted the group cancels the rest of it, but would come too late for the next."""
+        if ticket.last_try and self._has_commands(ticket.group):
+            self._held.add(ticket.group)
+
+    def _has_commands(self, group: str) -> bool:
+        return any(ticket.group == group for ticket in self._queues[Kind.COMPUTE])
+
     def _bury(self, worker: _Worker) -> None:
         """A worker is gone, or its pipe is: make sure of it, of what it ran, and fail its one ticket."""
         self._selector.unregister(worker.connection)
         processes.kill(worker.pid)
-        worker.process.join(2)
-        exitcode = worker.process.exitcode
+        # Of a worker whose fork server is gone we are the parent.
+        exitcode = processes.reap(worker.pid)
+        if exitcode is None:
+            worker.process.join(2)
+            exitcode = worker.process.exitcode
         worker.connection.close()
         worker.descriptors.close()
-        ours = os.getsid(0)
         with self._lock:
             del self._workers[worker.pid]
             if worker in self._idle:
                 self._idle.remove(worker)
-        # Orphans of dead workers: commands run in sessions of their own, the fork server in ours.
-        processes.kill_children(lambda _pid, session: session != ours)
-        with self._lock:
-            ticket = self._free(worker)
-        files = Scratch(self._scratch, worker.pid)
-        if ticket is not None:
-            ticket.stderr = read_tail(files.stderr)
+        if worker.ticket is not None:
+            worker.ticket.stderr = read_tail(Scratch(self._scratch, worker.pid).stderr)
         if worker.reason is None:
             log.warning("worker %d died, exit code %s", worker.pid, exitcode)
-        try:
-            files.remove()  # before its task is over: then nothing of it is left
-        except OSError as e:
-            log.warning("the files of worker %d stay until the next start: %s", worker.pid, e)
+        self._dead.append(worker)
+        self._clear_up()  # before its task is over: then nothing of it is left
+        with self._lock:
+            ticket = self._free(worker)
+            if ticket is not None:
+                self._hold(ticket)
         if ticket is not None:
             self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
+
+    def _clear_up(self) -> None:
+        """End what dead workers left running, and remove their files; later if that cannot be done now, as
+        when the node has too many files open."""
+        ours = os.getsid(0)
+        self._buries_at = float("inf")
+        try:
+            # Commands run in sessions of their own, the fork server in ours.
+            processes.kill_children(lambda _pid, session: session != ours)
+            while self._dead:
+                Scratch(self._scratch, self._dead[-1].pid).remove()
+                self._dead.pop()
+        except OSError as e:
+            log.warning("what worker %d left is not cleared up yet: %s", self._dead[-1].pid, e)
+            self._buries_at = time.monotonic() + PAUSE_SECONDS
 
     def _finish(self, ticket: Ticket, answer: Result, error: S4Error | None) -> None:
         try:
@@ -383,6 +422,13 @@ class Pool:
                 surplus -= 1
                 self._idle.remove(worker)
                 self._kill(worker, StoppingError("idle"))
+
+
+def _failed(answer: Result) -> bool:
+    """Whether a command, or what was to run it, has failed."""
+    if isinstance(answer, Ran):
+        return answer.exitcode != 0 or bool(answer.problem)
+    return isinstance(answer, Failure)
 
 
 def _run_worker(*args: Any) -> None:

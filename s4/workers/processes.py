@@ -76,6 +76,12 @@ def memory_below(pid: int) -> int:
     return total
 
 
+def memory_besides(pid: int) -> int:
+    """The same of all children of this process but `pid`, asked by its main thread."""
+    own = os.getpid()
+    return sum(memory_of(child) + memory_below(child) for child in _children_of(own, 1) if child != pid)
+
+
 def memory_of(pid: int) -> int:
     """The most memory, in bytes, that a process has had resident; 0 if it is gone."""
     return _status(pid)[0]
@@ -131,11 +137,15 @@ def kill(pid: int) -> None:
         pass
 
 
-def reap(pid: int) -> None:
-    """Wait a moment for a killed child, unless somebody else has reaped it."""
+def reap(pid: int) -> int | None:
+    """Wait a moment for a killed child. Its exit code (-N for signal N), None if somebody else reaped it."""
     deadline = time.monotonic() + 0.5
     try:
-        while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
             time.sleep(0.001)
     except ChildProcessError:
         pass
+    return None

@@ -19,6 +19,7 @@ from s4.storage import remove_tree
 FOLDER_MODE = 0o700
 TAIL_BYTES = 64 * 1024  # of stderr, kept in the record of a task
 RESERVED_BYTES = 1024 * 1024, 64 * 1024 * 1024  # for stdout: less is not worth it, nor much more
+STDERR_BYTES = 16 * 1024  # reserved for stderr
 FREE_TIMES = 100  # what is reserved must be free so many times, for the outputs of others come first
 
 _FALLOC_FL_KEEP_SIZE = 1  # fallocate(2)
@@ -48,14 +49,21 @@ class Scratch:
                 os.mkdir(self.root, FOLDER_MODE)
         except FileNotFoundError:
             os.mkdir(self.root, FOLDER_MODE)
+        kept = set()
         for entry in list(os.scandir(self.root)):
             found = entry.stat(follow_symlinks=False)
             if entry.path == self.folder:
                 good = is_own_folder(found)
             else:
                 good = entry.path == self.stderr and _is_own_file(found)
-            if not good:
+            if good:
+                kept.add(entry.path)
+            else:
                 remove_tree(entry.path)
+        if self.stderr not in kept:  # with room for what a command has to say of a full disk
+            fd = os.open(self.stderr, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            _reserve(fd, STDERR_BYTES)
+            os.close(fd)
 
     def remove(self) -> None:
         """Remove everything, when the worker is gone."""
@@ -88,12 +96,16 @@ def reserved(path: str, size: int) -> Iterator[None]:
     try:
         disk = os.fstatvfs(fd)
         if disk.f_bavail * disk.f_frsize >= FREE_TIMES * size:
-            # Where that fails, as on a file system without it, the space is taken as it is written.
-            _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
+            _reserve(fd, size)
         yield
         os.ftruncate(fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    # Where that fails, as on a file system without it, the space is taken as it is written.
+    _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def open_made(path: str) -> int:

@@ -10,6 +10,7 @@ fork, a sixth of what `cat` takes. Builtins, functions and keywords do not.
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import time
@@ -61,8 +62,8 @@ _SAMPLE_SECONDS = 0.02, 1.0  # but not sooner or later
 
 
 class Usage(NamedTuple):
-    """What a command and its children used: CPU time in seconds, to the hundredth, and the most memory in
-    bytes (processes.memory_below, looked at now and then)."""
+    """What a command and all that it started used: CPU time in seconds, to the hundredth, and the most memory
+    in bytes (processes.memory_below, looked at now and then)."""
 
     cpu_seconds: float
     peak_memory: int
@@ -87,26 +88,33 @@ class Shell:
 
         Raises S4Error if the command answers in the place of the shell, OSError.
         """
-        if self._process is None:
-            self._start()
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
         with open(self._job_file, "wb") as f:
             f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
         try:
-            return self._run_job_file()
+            exitcode, usage = self._run_job_file()
         except BaseException:
             self._stop()  # out of step, it would answer the next command with the end of this one
             raise
         finally:
-            self._end_orphans()
+            orphans_seconds = self._end_orphans()
+        return exitcode, usage._replace(cpu_seconds=usage.cpu_seconds + orphans_seconds)
 
-    def _run_job_file(self) -> tuple[int, Usage]:
+    def _begin(self) -> None:
+        """Have the shell run what is in the job file; a new one if somebody has killed it meanwhile."""
+        if self._process is None:
+            self._start()
         try:
             os.write(self._stdin, b"\n")
-            answer, peak_memory = self._answer()
         except BrokenPipeError:
-            answer, peak_memory = b"", 0
+            self._stop()
+            self._start()
+            os.write(self._stdin, b"\n")
+
+    def _run_job_file(self) -> tuple[int, Usage]:
+        self._begin()
+        answer, peak_memory = self._answer()
         if not answer:
             exitcode = self._stop()  # the command ended the shell itself, such as with kill -9 $$
             return exitcode, Usage(0.0, max(peak_memory, self._own_memory))
@@ -124,7 +132,8 @@ class Shell:
         peak, pause = 0, soonest
         began = time.monotonic()
         while not self._ready.poll(1000 * pause):
-            peak = max(peak, processes.memory_below(self._process.pid))
+            shell: int = self._process.pid
+            peak = max(peak, processes.memory_below(shell) + processes.memory_besides(shell))
             pause = min(max(soonest, _SAMPLE_SHARE * (time.monotonic() - began)), latest)
         return os.read(self._status, 16), peak
 
@@ -135,11 +144,16 @@ class Shell:
         ticks, self._ticks = so_far - self._ticks, so_far
         return ticks / _TICKS
 
-    def _end_orphans(self) -> None:
-        """End what a command left running, in whatever session: we are its parent now, as a subreaper."""
+    def _end_orphans(self) -> float:
+        """End what a command left running, in whatever session: we are its parent now, as a subreaper. The
+        CPU seconds that all that took, also what ended by itself."""
         kept = self._process.pid if self._process is not None else -1
-        if processes.has_children_besides(kept):
-            processes.kill_children(lambda pid, _session: pid != kept)
+        if not processes.has_children_besides(kept):
+            return 0.0
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processes.kill_children(lambda pid, _session: pid != kept)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def _start(self) -> None:
         stdin, self._stdin = os.pipe()
