@@ -1,6 +1,7 @@
 """The HTTP interface as another client uses it: each request, each status, and raw sockets for the bytes."""
 
 import itertools
+import os
 import socket
 import threading
 import time
@@ -280,6 +281,22 @@ def test_a_reader_that_is_slow_but_steady_gets_all(narrow: Node) -> None:
         took += len(read_to_end(slow))
     assert took == size
     assert narrow.post("/confirm_get", uuid=uuid, checksum=checksum_of(bytes(size))).status == 200
+
+
+def test_what_is_no_file_in_the_place_of_a_key_holds_nobody_up(narrow: Node) -> None:
+    narrow.put("s4://b/000", b"x")
+    narrow.path_of("s4://b/000").unlink()
+    os.mkfifo(narrow.path_of("s4://b/000"))
+    body = b'["s4://b/000"]'
+    for _ in range(3):
+        answer = narrow.post("/prepare_get", key="s4://b/000", timeout=5)
+        assert answer.status == 409 and "no file is in its place" in answer.text
+        answer = narrow.post("/prepare_gets", body=body, timeout=5)
+        assert answer.json()["refused"][0][0] == 409
+        answer = narrow.post("/eval", key="s4://b/000", body=b"cat", timeout=5)
+        assert answer.status >= 400 and "s4://b/000" in answer.text
+    narrow.path_of("s4://b/000").unlink()
+    assert narrow.post("/delete", prefix="s4://b/000").status == 200
 
 
 def test_a_get_beside_removals_and_puts_of_the_key_is_whole_or_not_there(node: Node) -> None:

@@ -313,6 +313,19 @@ def test_commands_are_scheduled_as_batch_unless_the_server_is_scheduled_as_somet
     assert os.sched_getscheduler(node.pid) == policy
 
 
+@pytest.mark.parametrize("kind", JOBS)
+def test_no_command_starts_after_the_failure_that_ends_the_job(
+    start_cluster: Callable[..., Cluster], kind: str
+) -> None:
+    cluster = start_cluster(1, ["-max-cpu-jobs", "1"])
+    cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(9)})
+    for i in range(6):
+        log = cluster.work / f"log{i}"
+        command = f'echo "${{S4_KEY##*/}}" >>{log}; exit 3'
+        result = cluster.run(kind, "s4://b/in/", f"s4://b/out{i}/", command)
+        assert (result.code, log.read_text()) == (1, "000\n")
+
+
 def test_ctrl_c_ends_a_job_with_all_its_commands(cluster: Cluster, bucket: str) -> None:
     cluster.put_all({f"{bucket}/in/{i:03}": b"" for i in range(30)})
     process = cluster.start_s4("map", f"{bucket}/in/", f"{bucket}/out/", "sleep 7131 & sleep 7131")
