@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 THREADS_PER_SERVER = 2
 MAX_THREADS = 16
 STOP_SECONDS = 2.0  # for each thread to tidy up after a Ctrl-C
+_MAX_LINKS = 40  # as many symbolic links as the kernel follows
 
 
 class Item(namedtuple("Item", ("file", "path", "size"))):
@@ -118,13 +119,17 @@ def _get(client: "Client", src: str, dst: str) -> None:
 def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
     """(descriptor, whether it is a new file) for the bytes of `dst`, which appears, whole, at a good end.
 
-    Missing folders are made, and removed again on failure. Raises LocalFileError.
+    Missing folders are made, and removed again on failure. What is open already is written into as it is.
+    Raises LocalFileError.
     """
     made: list[str] = []
     temporary = ""
     with _local_errors(dst):
         place = os.path.realpath(dst)
-        if os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
+        own = _own_descriptor(dst)
+        if own is not None:
+            target = os.dup(own)
+        elif os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
             target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
         else:
             made = _make_folders(os.path.dirname(place))
@@ -147,6 +152,23 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
             if temporary:
                 os.unlink(temporary)
             _remove_folders(made)
+
+
+def _own_descriptor(path: str) -> int | None:
+    """The descriptor of this process that a path stands for, like /dev/stdout or /dev/fd/3; None for others.
+
+    It may be of a file that others write too, as with `>> log`, or that has no name any more: opened by its
+    path it would be written from its start, and another renamed to that path would take its place.
+    """
+    for _ in range(_MAX_LINKS):
+        if not os.path.islink(path):
+            break
+        folder, name = os.path.split(path)
+        folder = os.path.realpath(folder)
+        if folder.startswith(f"/proc/{os.getpid()}/") and folder.endswith("/fd"):
+            return int(name)
+        path = os.path.join(folder, os.readlink(path))
+    return None
 
 
 def _make_folders(folder: str) -> list[str]:

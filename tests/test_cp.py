@@ -422,6 +422,49 @@ def test_a_download_goes_into_a_pipe_that_has_a_path(cluster: Cluster, bucket: s
     assert (done.stdout.strip(), done.stderr) == (b"one\ntwo", b"2\n")
 
 
+@pytest.mark.parametrize(
+    "place", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/proc/thread-self/fd/1", "link"]
+)
+def test_a_download_goes_on_behind_what_a_redirected_stdout_has(
+    cluster: Cluster, bucket: str, folder: Path, place: str
+) -> None:
+    cluster.put(f"{bucket}/000", b"new\n")
+    (folder / "link").symlink_to("/dev/stdout")
+    log = folder / "log"
+    copy = f"s4 cp {bucket}/000 {place}"
+    for redirect, before in ((">>", b"old\n"), (">", b"")):
+        log.write_bytes(b"old\n")
+        script = f"{{ echo first; {copy}; {copy}; echo last; }} {redirect} log"
+        command = ["bash", "-ec", script]
+        done = subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert log.read_bytes() == before + b"first\nnew\nnew\nlast\n"
+    assert sorted(os.listdir(folder)) == ["link", "log"]
+
+
+def test_a_download_goes_into_an_open_file_whatever_its_number_and_name(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/000", b"new\n")
+    with open(folder / "gone", "w+b") as gone, open(folder / "said", "w+b") as said:
+        (folder / "gone").unlink()
+        process = cluster.start_s4("cp", f"{bucket}/000", "/dev/stdout", stdout=gone)
+        assert process.wait(20) == 0
+        process = cluster.start_s4("cp", f"{bucket}/000", "/dev/stderr", stderr=said)
+        assert process.wait(20) == 0
+        gone.seek(0)
+        said.seek(0)
+        assert (gone.read(), said.read()) == (b"new\n", b"new\n")
+    assert os.listdir(folder) == ["said"]
+    with open(folder / "file", "w+b") as file:
+        file.write(b"from Python\n")
+        file.flush()
+        Client(str(cluster.conf)).cp(f"{bucket}/000", f"/dev/fd/{file.fileno()}")
+        file.write(b"goes on\n")
+    assert (folder / "file").read_bytes() == b"from Python\nnew\ngoes on\n"
+    cluster.fails("cp", f"{bucket}/000", "/dev/fd/99", says="/dev/fd/99: No such file", code=1)
+
+
 @pytest.mark.parametrize("arguments", [["{}/d/000", "out"], ["{}/d/000", "dir/"], ["-r", "{}/d/", "dir/"]])
 def test_a_disk_that_is_full_is_one_clear_line_and_leaves_nothing(
     cluster: Cluster, bucket: str, folder: Path, arguments: list[str]
