@@ -106,15 +106,15 @@ def ask(
     *,
     silence: float = GRACE_SECONDS,
 ) -> bytes:
-    """The answer of one server, which may be silent for so many seconds. Raises UnreachableError."""
+    """The answer of one server, which may be silent for so many seconds, but no longer than the client's time
+    limit. Raises UnreachableError."""
     with reaching(server), client.caller(server) as caller:
-        return caller.call(method, path, parameters, body, silence)
+        return caller.call(method, path, parameters, body, min(silence, client.timeout))
 
 
 def check_all_reachable(client: Client) -> None:
     """Raises UnreachableError, which names the first server that is down."""
-    silence = min(SILENCE_SECONDS, client.timeout)
-    at_once(lambda server: ask(client, server, "GET", "/health", silence=silence), client.servers())
+    at_once(lambda server: ask(client, server, "GET", "/health", silence=SILENCE_SECONDS), client.servers())
 
 
 def down(errors: Sequence[UnreachableError]) -> UnreachableError:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from s4.asking import GRACE_SECONDS, ask, at_once, down, reaching
+from s4.asking import SILENCE_SECONDS, ask, at_once, down, reaching
 from s4.errors import (
     BadRequestError,
     MissingError,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from s4.client import Client
 
 NODE_COLUMN = "node"
+SQL_SECONDS = 10.0  # a node gives up a query after 5, or a little later, at the end of a slow function
 
 Value = None | int | float | str | bytes
 
@@ -68,7 +69,7 @@ def stat(client: "Client", key: str) -> KeyInfo:
 
 
 def _object(client: "Client", server: str, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
-    answer = ask(client, server, "GET", path, parameters)
+    answer = ask(client, server, "GET", path, parameters, silence=SILENCE_SECONDS)
     with reaching(server):
         return read_answer(server, answer, dict)
 
@@ -98,9 +99,7 @@ def sql(client: "Client", query: str, limit: int) -> Result:
 
     def ask_node(server: str) -> tuple[list[str], list[list[Value]]]:
         try:
-            answer = ask(
-                client, server, "POST", "/sql", {"limit": str(limit)}, text, silence=2 * GRACE_SECONDS
-            )
+            answer = ask(client, server, "POST", "/sql", {"limit": str(limit)}, text, silence=SQL_SECONDS)
             with reaching(server):
                 return _columns_and_rows(server, answer)
         except S4Error as e:
@@ -142,7 +141,7 @@ def schema(client: "Client") -> list[list[str]]:
     """Tables, columns, types and what they mean, from the first node that can be reached."""
 
     def ask_node(server: str) -> list[list[str]]:
-        answer = ask(client, server, "GET", "/schema")
+        answer = ask(client, server, "GET", "/schema", silence=SILENCE_SECONDS)
         with reaching(server):
             return [[str(text or "") for text in row] for row in read_answer(server, answer, list)]
 

@@ -128,6 +128,33 @@ def test_a_server_that_hangs_does_not_hang_the_client(start_cluster: Callable[..
     assert cluster.s4("cp", "s4://b/001", "-").out == b"x"
 
 
+def test_questions_do_not_wait_for_a_server_that_hangs(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    cluster.put_all({"s4://b/in/001": b"x"})
+    cluster.s4("map-to-n", "s4://b/in/", "s4://b/out/", "echo >000; echo 000")
+    stuck = cluster.nodes[1]
+    # With the seconds that each may take, or as many as the time limit has if that is less.
+    questions = [
+        (["stat", "s4://b/in/001"], 5),
+        (["stat", "s4://b/out/001/000"], 5),  # here is the key, there what made it
+        (["jobs"], 5),
+        (["sql", "select 1"], 10),
+    ]
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        for limit in ("2", ""):
+            began = time.monotonic()
+            asked = [
+                cluster.start_s4(*arguments, env={"S4_TIMEOUT": limit}) for arguments, _most in questions
+            ]
+            for process, (arguments, most) in zip(asked, questions, strict=True):
+                _out, err = process.communicate(timeout=30)
+                assert process.returncode == 3 and f"{stuck}: no answer in time" in err.decode(), err
+                assert time.monotonic() - began < (2 if limit else most) + 2, arguments
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+
+
 def test_too_many_requests_are_told_when_to_come_back(start_cluster: Callable[..., Cluster]) -> None:
     (node,) = start_cluster(1, ["-max-cpu-jobs", "1"]).nodes
     node.put("s4://b/000", b"x")
