@@ -31,10 +31,11 @@ def _as_csv(result: Result) -> Iterator[str]:
     import io
 
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # Before Python 3.13 it quotes of the characters that end a line only those that it ends lines with.
+    writer = csv.writer(buffer, lineterminator="\r\n")
     for row in [result.columns, *result.rows]:
         writer.writerow([_text(value) for value in row])
-        yield buffer.getvalue()[:-1]
+        yield buffer.getvalue().removesuffix("\r\n")
         buffer.seek(0)
         buffer.truncate()
 

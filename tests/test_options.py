@@ -1,7 +1,9 @@
 """Pure things of the command line: options, job ids, and how sizes, times and tasks are written."""
 
+import csv
 import inspect
 import time
+from pathlib import Path
 
 import pytest
 
@@ -302,3 +304,12 @@ def test_rows_keep_their_shape_in_every_format(format: str, text: str) -> None:
         assert {len(line) for line in lines[2:]} and "x\\|y\\n\\t\\\\" in lines[2]
     else:
         assert "\n".join(lines) + "\n" == text
+
+
+def test_csv_reads_back_whatever_ends_lines_in_it(folder: Path) -> None:
+    texts = ["\r", "a\rb", "\n", "a\nb", "a\r\nb", "\r\n", '"\r"', ",", "", " a "]
+    rows = [["node", "a"], *(["h:1", text] for text in texts)]
+    file = folder / "rows.csv"
+    file.write_bytes("".join(f"{line}\n" for line in FORMATS["csv"](Result(rows[0], rows[1:]))).encode())
+    with open(file, newline="") as written:
+        assert list(csv.reader(written)) == rows
