@@ -287,7 +287,7 @@ def show_sql(
     client: "Any",
     query: str = "",
     *,
-    format: str = "",
+    format: str | None = None,
     schema: bool = False,
     json: bool = False,
     **options: "Any",
@@ -303,9 +303,9 @@ def show_sql(
     from s4.queries import Result
     from s4.rowformats import FORMATS
 
-    if format not in ("", *FORMATS):
+    if format not in (None, *FORMATS):
         raise MisuseError(f"--format {format!r}: it must be one of {', '.join(FORMATS)}")
-    if json and format not in ("", "json"):
+    if json and format not in (None, "json"):
         raise MisuseError("--json and --format exclude each other")
     if schema and query:
         raise MisuseError("--schema takes no query")

@@ -199,6 +199,7 @@ def test_help_without_a_command_lists_them(cluster: Cluster) -> None:
         ["sql", ""],
         ["sql", "--schema", "select 1"],
         ["sql", "select 1", "--format", "xml"],
+        ["sql", "select 1", "--format", ""],
         ["sql", "select 1", "--format", "csv", "--json"],
         ["sql", "select 1", "--limit", "0"],
         ["health", "now"],
