@@ -18,6 +18,8 @@ TIMEOUT_NEEDED = f"a number of seconds above 0 and at most {MAX_TIMEOUT:.0f} (36
 TIMEOUT_ENVIRONMENT = "S4_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
+
 # Not regular expressions: `re` takes 1.5 ms of each start of `s4`.
 _DIGITS = frozenset("0123456789")
 _HOST = _DIGITS | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz._-")
@@ -72,10 +74,10 @@ def read_conf(path: str | None = None) -> Conf:
     if path == "":
         raise ConfError("the path of the conf file is empty")
     named = path or os.environ.get(CONF_ENVIRONMENT)
-    source = named or os.path.expanduser(DEFAULT_CONF)
+    source = os.path.expanduser(named or DEFAULT_CONF)  # in a crontab or a unit no shell has done it
     try:
         with open(source, "rb") as f:
-            lines = f.read().split(b"\n")
+            lines = f.read().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
     except FileNotFoundError:
         if named:
             raise ConfError(f"conf file {source} does not exist") from None

@@ -83,6 +83,30 @@ def test_the_option_chooses_the_conf_over_the_variable(
     assert cluster.s4(*spelled, cwd=folder).lines == ["chosen:1"]
 
 
+def test_a_conf_is_found_below_the_home_folder_without_a_shell(
+    start_cluster: Callable[..., Cluster], folder: Path
+) -> None:
+    (folder / "ring").write_text("mine:1\n")
+    home = {"HOME": str(folder)}
+    cluster = start_cluster(1, start=False)
+    assert cluster.s4("servers", env={**home, "S4_CONF_PATH": "~/ring"}).lines == ["mine:1"]
+    assert cluster.s4("servers", "-c", "~/ring", env=home).lines == ["mine:1"]
+    cluster.fails("servers", "-c", "~/none", env=home, says=f"conf file {folder}/none does not exist")
+    (node,) = cluster.nodes
+    cluster.env |= {**home, "S4_CONF_PATH": "~/ring"}
+    (folder / "ring").write_text(f"{node}\n")
+    node.start(bare=True)
+    cluster.put("s4://b/000")
+    assert cluster.s4("eval", "s4://b/000", "echo $S4_CONF_PATH").out.decode() == f"{folder}/ring\n"
+
+
+def test_a_conf_may_begin_with_a_byte_order_mark(cluster: Cluster, folder: Path) -> None:
+    conf = folder / "conf"
+    for text in ("a:1\nb:2\n", "# servers\r\na:1\r\nb:2\r\n"):
+        conf.write_text(text, encoding="utf-8-sig")
+        assert cluster.s4("servers", "-c", str(conf)).lines == ["a:1", "b:2"]
+
+
 def test_an_empty_conf_option_is_not_the_other_conf(cluster: Cluster) -> None:
     for arguments in (["-c", "", "servers"], ["servers", "--conf="]):
         cluster.fails(*arguments, code=2, says="conf")
