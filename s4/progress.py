@@ -7,7 +7,7 @@ import sys
 import time
 
 from s4.following import Watch
-from s4.report import beginning, lost, underway
+from s4.report import beginning, lost, over, underway
 from s4.summary import JobSummary, Part
 from s4.text import say, shortened, size
 
@@ -61,10 +61,10 @@ class Lines(_Shown):
             return
         self._said = now
         passed = now - self._began
-        ended = summary.ended - self._before.ended
+        done = over(summary) - over(self._before)
         left = None
-        if summary.tasks is not None and ended:
-            left = (summary.tasks - summary.ended - summary.lost) * passed / ended
+        if summary.tasks is not None and done:
+            left = (summary.tasks - summary.ended - summary.lost) * passed / done
         rate = (summary.bytes_in - self._before.bytes_in) / passed
         self._say(underway(summary, left, rate))
 
@@ -89,7 +89,7 @@ class Bar(_Shown):
         self._bytes_before = summary.bytes_in
         self._bar = tqdm(
             desc=f"job {summary.job} {shortened(summary.kind, 10)}",
-            initial=summary.ended,
+            initial=over(summary),
             total=summary.tasks,
             bar_format=_BAR,
             leave=False,
@@ -110,7 +110,7 @@ class Bar(_Shown):
         bar.total, bar.ncols = summary.tasks, columns(sys.stderr)
         rate = (summary.bytes_in - self._bytes_before) / max(0.001, time.monotonic() - self._began)
         bar.set_postfix_str(f"{summary.failed} failed, {size(rate)}/s", refresh=False)
-        bar.update(summary.ended - bar.n)
+        bar.update(over(summary) - bar.n)
         bar.refresh()
 
     def ended(self) -> None:

@@ -22,9 +22,14 @@ def underway(summary: JobSummary, seconds_left: float | None, bytes_per_second: 
     """The line now and then."""
     left = f", {duration(seconds_left)} left" if seconds_left is not None else ""
     return (
-        f"job {summary.job}: {summary.ended}/{total(summary)} tasks, {summary.failed} failed,"
+        f"job {summary.job}: {over(summary)}/{total(summary)} tasks, {summary.failed} failed,"
         f" {size(bytes_per_second)}/s{left}"
     )
+
+
+def over(summary: JobSummary) -> int:
+    """The number of tasks that came to their own end. What was cancelled brings no job forward."""
+    return summary.ended - summary.cancelled
 
 
 def total(summary: JobSummary | Part) -> str:

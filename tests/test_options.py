@@ -2,6 +2,10 @@
 
 import csv
 import inspect
+import os
+import pty
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -10,9 +14,10 @@ import pytest
 from s4 import keys
 from s4.errors import MisuseError
 from s4.jobtables import JOBLOG_COLUMNS, joblog_row, plan_totals
+from s4.progress import Bar
 from s4.queries import Result
 from s4.record import asdict, replace
-from s4.report import failure, failure_lines
+from s4.report import failure, failure_lines, underway
 from s4.rowformats import FORMATS
 from s4.summary import (
     JobSummary,
@@ -256,6 +261,24 @@ def test_what_a_lost_node_had_to_do_is_lost() -> None:
     never = summarize(done, [part_of(done), lost_part("h:2", "cannot be reached", None)])
     assert (never.state, never.tasks, never.lost) == ("interrupted", None, 0)
     assert failure_lines(never) == ["h:2: cannot be reached; its share is lost"]
+
+
+def test_what_was_cancelled_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = _summary(replace(SHARE, cancelled=4))
+    assert underway(stopped, None, 0) == "job 1abc: 6/10 tasks, 1 failed, 0 B/s"
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with os.fdopen(ours, "rb", 0) as screen, os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for begin in (_summary(SHARE), stopped):
+            bar = Bar()
+            bar.started(begin)
+            bar.progress(stopped)
+            bar.ended()
+            drawn = b""
+            while b"B/s]" not in drawn:
+                drawn += screen.read(4096)
+            assert b"6/10 tasks" in drawn and b"10/10" not in drawn, drawn
 
 
 @pytest.mark.parametrize(
