@@ -77,7 +77,7 @@ class Follower:
         finally:
             self._watch.ended()
         summary = self._summary()
-        return replace(summary, failures=self._failures(summary))
+        return replace(summary, failures=failures_of(self._client, summary))
 
     def _wait(self) -> None:
         for node in self._shares:
@@ -156,18 +156,18 @@ class Follower:
                 parts.append(Part(node, RUNNING, None) if share is None else part_of(share))
         return summarize(self._share, parts, time.monotonic() - self._began if self._began else None)
 
-    def _failures(self, summary: JobSummary) -> list[Task]:
-        found = []
-        for part in summary.nodes:
-            if part.failed and part.state != LOST:
-                tasks = tasks_of(self._client, part.node, summary.job, state=FAILED, stderr=True)
-                try:
-                    found += [
-                        replace(task, stderr=(task.stderr or "")[-STDERR_CHARACTERS:]) for task in tasks
-                    ]
-                except S4Error:
-                    pass  # such as that it went down since; its share says how many failed
-        return sorted(found, key=lambda task: task.task)
+
+def failures_of(client: Client, summary: JobSummary) -> list[Task]:
+    """The tasks of a job that failed, with the end of their stderr, from the nodes that can be reached."""
+    found = []
+    for part in summary.nodes:
+        if part.failed and part.state != LOST:
+            tasks = tasks_of(client, part.node, summary.job, state=FAILED, stderr=True)
+            try:
+                found += [replace(task, stderr=(task.stderr or "")[-STDERR_CHARACTERS:]) for task in tasks]
+            except S4Error:
+                pass  # such as that it went down since; its share says how many failed
+    return sorted(found, key=lambda task: task.task)
 
 
 def _cancel_if_reachable(client: Client, node: str, job: str, run: int) -> None:

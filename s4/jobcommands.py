@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from s4.errors import MisuseError, OverlapError, UnreachableError
-from s4.jobcontrol import JobError
+from s4.jobcontrol import JobError, JobInterrupt
 from s4.progress import columns, watch_for
 from s4.record import asdict
 from s4.report import ending
@@ -106,8 +106,8 @@ def _show_end(follow: Callable[[], JobSummary | None], quiet: bool, as_json: boo
     """The summary of a job, however it ends."""
     try:
         summary = follow()
-    except JobError as e:
-        if as_json:
+    except (JobError, JobInterrupt) as e:
+        if as_json and e.summary is not None:
             _print_json(_summary_json(e.summary))
         raise
     if summary is None:

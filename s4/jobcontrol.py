@@ -19,10 +19,10 @@ from s4.errors import (
     S4Error,
     UnreachableError,
 )
-from s4.following import Follower, Watch
+from s4.following import Follower, Watch, failures_of
 from s4.keys import check_job_folders, new_job_id, with_scheme
 from s4.record import asdict, record, replace
-from s4.report import ending, failure_lines
+from s4.report import counts, ending, failure_lines
 from s4.states import DONE, EVAL, LOST, MISSING, RUNNING, UNKNOWN
 from s4.summary import (
     JobSummary,
@@ -58,6 +58,14 @@ class JobError(S4Error):
         self.summary = summary
         self.failures = list(failures)
         self.exit_code = EXIT_UNREACHABLE if summary.unreachable else EXIT_FAILED
+
+
+class JobInterrupt(KeyboardInterrupt):
+    """A Ctrl-C that has cancelled a job. `summary` tells how it ended, None if no node had begun it."""
+
+    def __init__(self, text: str, summary: JobSummary | None) -> None:
+        super().__init__(text)
+        self.summary = summary
 
 
 @record
@@ -132,7 +140,7 @@ class Found:
 def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     """Submit a job and follow it to its end. Raises JobError if it does not end well.
 
-    A Ctrl-C cancels it on all nodes; a second one leaves at once.
+    A Ctrl-C cancels it on all nodes (JobInterrupt); a second one leaves at once.
     """
     watch = watch or Watch()
     _prepare(client, request)
@@ -207,26 +215,36 @@ class _Cancelling:
     def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
         if isinstance(e, KeyboardInterrupt):
             self._watch.cancelling(self._job)
-            failures = _cancel_everywhere(self._client, self._job, self._run)
-            said = f"job {self._job} is cancelled"
-            if failures:
-                reasons = "; ".join(map(str, failures))
-                said += f", but perhaps not everywhere: {reasons}; later: s4 cancel {self._job}"
-            raise KeyboardInterrupt(said) from None
+            found = _cancel_everywhere(self._client, self._job, self._run)
+            said, summary = f"job {self._job} is cancelled", None
+            if any(found.shares.values()):
+                summary = found.summary()
+                summary = replace(summary, failures=failures_of(self._client, summary))
+                said += f": {counts(summary)}"
+            if found.down:
+                reasons = "; ".join(map(str, found.down.values()))
+                said += f"; perhaps not everywhere: {reasons}; later: s4 cancel {self._job}"
+            raise JobInterrupt(said, summary) from None
 
 
-def _cancel_everywhere(client: Client, job: str, run: int | None) -> list[S4Error]:
-    """Cancel a job on all nodes that can be reached, and wait for that; why others could not be told."""
-    failures: list[S4Error] = []
+def _cancel_everywhere(client: Client, job: str, run: int | None) -> Found:
+    """Cancel a job on all nodes that can be told, and wait for that; the job as it is then."""
+    known: dict[str, ShareStatus] = {}
+    untold: dict[str, UnreachableError] = {}
 
     def attempt(server: str) -> None:
         try:
-            jobcalls.cancel(client, server, job, run)
+            share = jobcalls.cancel(client, server, job, run)
+        except UnreachableError as e:
+            untold[server] = e
         except S4Error as e:
-            failures.append(e)
+            untold[server] = UnreachableError(server, str(e))
+        else:
+            if share is not None:
+                known[server] = share
 
     at_once(attempt, client.servers())
-    return failures
+    return _found(client, job, known, untold)
 
 
 def _ended_well(summary: JobSummary, *, may_be_empty: bool) -> JobSummary:
@@ -335,6 +353,13 @@ def find(client: Client, prefix: str) -> Found:
         more = ", …" if len(ids) > CANDIDATES else ""
         raise BadRequestError(f"job {prefix!r} is ambiguous: {', '.join(ids[:CANDIDATES])}{more}")
     [(job, known)] = by_id.items()
+    return _found(client, job, known, unreachable)
+
+
+def _found(
+    client: Client, job: str, known: dict[str, ShareStatus], unreachable: dict[str, UnreachableError]
+) -> Found:
+    """A job by what its servers told of it, and why others told nothing."""
     alone = any(share.alone for share in known.values())
     return Found(job, {s: known.get(s) for s in (known if alone else client.servers())}, unreachable)
 

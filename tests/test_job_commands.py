@@ -189,10 +189,73 @@ def test_ctrl_c_on_a_terminal_cancels_and_says_so_below_no_bar(
     assert code == 130
     lines = [line.replace("^C", "").rstrip() for line in _screen(drawn)]
     job = _newest(cluster)
-    said = [f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)"]
-    assert lines[-3:] == [*said, f"fatal: interrupted: job {job} is cancelled", ""], drawn
+    said, end, nothing = lines[-3:]
+    assert said == f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)" and nothing == ""
+    counts = "0/6 tasks done, 0 failed, 0 skipped, 6 cancelled, 0 B in, 0 B out, "
+    assert end.startswith(f"fatal: interrupted: job {job} is cancelled: {counts}"), drawn
     assert not procs.running("sleep\x00983")
     assert {_share(node, job)["state"] for node in cluster.nodes} == {"cancelled"}
+
+
+# Of six keys the first is done at once, the second fails, and the others sleep.
+HALF_DONE = "case ${S4_KEY##*/} in 000) echo;; 001) echo no >&2; exit 3;; *) sleep 981;; esac"
+
+
+def _is_half_done(cluster: Cluster, outdir: str) -> bool:
+    return any(
+        (job["done"], job["failed"], sum(part["running"] for part in job["nodes"])) == (1, 1, 4)
+        for job in _jobs_into(cluster, outdir)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_sums_up_what_was_done_also_as_json(
+    cluster: Cluster, bucket: str, indir: str, kind: str
+) -> None:
+    out = f"{bucket}/out/"
+    for again in (False, True):
+        command = ["retry", _newest(cluster)] if again else [kind, indir, out, HALF_DONE, "--keep-going"]
+        client = cluster.start_s4(*command, "--json")
+        eventually(lambda: _is_half_done(cluster, out))
+        client.send_signal(signal.SIGINT)
+        printed, said = client.communicate(timeout=20)
+        assert client.returncode == 130
+        summary = json.loads(printed)
+        names = ("kind", "state", "tasks", "done", "failed", "cancelled", "lost")
+        assert [summary[name] for name in names] == [kind, "cancelled", 6, 1, 1, 4, 0]
+        assert [(task["key"], task["stderr"]) for task in summary["failures"]] == [(f"{indir}001", "no\n")]
+        assert [part["node"] for part in summary["nodes"]] == [str(node) for node in cluster.nodes]
+        head = f"fatal: interrupted: job {_newest(cluster)} is cancelled: 1/6 tasks done, 1 failed, "
+        assert said.decode().startswith(f"{head}0 skipped, 4 cancelled, ") and said.count(b"\n") == 1, said
+    assert not procs.running("sleep\x00981")
+
+
+def test_ctrl_c_counts_what_cannot_be_told_as_lost(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    _put_numbers(cluster, "s4://b/in/", range(6))
+    here, stuck = cluster.nodes
+    arguments = ["map", "s4://b/in/", "s4://b/out/", HALF_DONE, "--keep-going", "--json", "--timeout", "99"]
+    client = cluster.start_s4(*arguments, env={"S4_TIMEOUT": "2"})
+    eventually(lambda: _is_half_done(cluster, "s4://b/out/"))
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        client.send_signal(signal.SIGINT)
+        printed, said = client.communicate(timeout=20)
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+        cluster.s4("cancel", _newest(cluster))
+    summary = json.loads(printed)
+    assert client.returncode == 130
+    assert [summary[name] for name in ("state", "tasks", "done", "cancelled")] == ["cancelled", None, 1, 2]
+    assert [(part["node"], part["state"]) for part in summary["nodes"]] == [
+        (str(here), "cancelled"),
+        (str(stuck), "lost"),
+    ]
+    assert re.fullmatch(
+        rf"fatal: interrupted: job ({ID}) is cancelled: 1/\? tasks done, 0 failed, 0 skipped, 2 cancelled, .*"
+        rf"; perhaps not everywhere: {stuck}: no answer in time; later: s4 cancel \1\n",
+        said.decode(),
+    ), said
 
 
 def test_each_failed_task_is_a_line(cluster: Cluster, bucket: str) -> None:
