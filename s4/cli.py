@@ -11,6 +11,12 @@ of the client's method of the same name where it has `*words` and `**options` fo
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # not signal: its enumerations take 0.4 ms
+
+# A Ctrl-C before main() can catch it ends the process without a traceback, also during the other imports,
+# which take most of the time until then.
+if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import gc
 import io
 import os
@@ -27,10 +33,6 @@ if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
-
-# A Ctrl-C before main() can catch it ends the process without a traceback.
-if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 _MARK = (
     "\0"  # before each positional; no argument of a process can hold it, and Fire's parser leaves it alone

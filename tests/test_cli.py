@@ -4,6 +4,7 @@ import pickle
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,28 @@ def test_a_signal_that_is_ignored_stays_ignored(
     eventually(lambda: running(f"sleep\x00{seconds}"), 10)
     process.send_signal(number)
     assert process.wait(10) == 0
+
+
+# Runs `s4` and sends it a Ctrl-C as soon as it is about to import a module.
+INTERRUPTED = """if True:
+    import os, signal, sys
+
+    class Finder:
+        def find_spec(name, path=None, target=None):
+            if name == sys.argv[1]:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    sys.meta_path.insert(0, Finder)
+    from s4.cli import main
+    main()
+    """
+
+
+@pytest.mark.parametrize("module", ["s4.config", "s4.lean", "inspect", "fire", "s4.words"])
+def test_ctrl_c_at_the_very_start_is_no_traceback(cluster: Cluster, module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(command, env=cluster.env, capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_errors_survive_the_way_between_processes() -> None:
