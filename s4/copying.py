@@ -127,20 +127,16 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
     with _local_errors(dst):
         place = os.path.realpath(dst)
         own = _own_descriptor(dst)
-        if own is not None:
-            target = os.dup(own)
-        elif os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
-            target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
-        else:
-            made = _make_folders(os.path.dirname(place))
-            name = f".s4-{os.getpid()}-{threading.get_ident()}"
-            temporary = os.path.join(os.path.dirname(place), name)
-            try:
-                target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            except OSError:
-                _remove_folders(made)
-                raise
         try:
+            if own is not None:
+                target = os.dup(own)
+            elif os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
+                target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
+            else:
+                made = _make_folders(os.path.dirname(place))
+                name = f".s4-{os.getpid()}-{threading.get_ident()}"
+                temporary = os.path.join(os.path.dirname(place), name)
+                target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 yield target, bool(temporary)
             finally:
@@ -150,7 +146,10 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
                 temporary, made = "", []
         finally:
             if temporary:
-                os.unlink(temporary)
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # a Ctrl-C came just before or after it was there
+                    os.unlink(temporary)
             _remove_folders(made)
 
 
