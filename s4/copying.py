@@ -146,9 +146,8 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
                 temporary, made = "", []
         finally:
             if temporary:
-                with contextlib.suppress(
-                    FileNotFoundError
-                ):  # a Ctrl-C came just before or after it was there
+                # A Ctrl-C may come just before it is there, or just after it was renamed.
+                with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
             _remove_folders(made)
 
