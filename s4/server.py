@@ -183,12 +183,12 @@ def _add(parser: argparse.ArgumentParser, settings: Sequence[_Setting], *, suppr
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    stopping = _Stopping()  # before the imports and all else that takes its time
     conf = read_conf(arguments.conf)
     position = own_position(conf, arguments.port)
     timeout = timeout_setting()
     _start_log()
     _raise_file_limit()
-    stopping = _Stopping()
 
     from waitress import wasyncore
     from waitress.server import create_server

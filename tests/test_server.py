@@ -174,6 +174,19 @@ def test_a_node_that_is_stopped_while_it_starts_stops(alone: Cluster) -> None:
     node.start()
 
 
+def test_a_stop_before_a_node_is_there_is_no_failure(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    lines = alone.conf.read_text()
+    alone.conf.unlink()
+    os.mkfifo(alone.conf)
+    node.launch()
+    with open(alone.conf, "w") as conf:  # which waits until the node reads it
+        conf.write(lines)
+        assert node.process is not None
+        node.process.terminate()
+    assert node.process.wait(10) == 0, node.log
+
+
 def test_the_log_has_a_line_for_each_request_and_job(alone: Cluster) -> None:
     (node,) = alone.nodes
     node.start()
