@@ -199,6 +199,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     own = conf.servers[position]
     address = local_address(own.host)
     assert address is not None  # otherwise it would not be our line
+    listener = _bind(own, address)  # before there is a data folder, which would be left behind
     limits = Limits(
         arguments.max_io_jobs, arguments.max_cpu_jobs, timeout, arguments.keep_jobs, arguments.keep_days
     )
@@ -210,7 +211,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         server = create_server(
             make_app(node),
             map=sockets,
-            listen=str(Server(address, own.port)),
+            sockets=[listener],
             threads=limits.waiting_requests + SPARE_THREADS,
             connection_limit=1000,  # by default further clients hang at 100
             channel_request_lookahead=1,  # lets an eval notice that its caller is gone
@@ -235,6 +236,20 @@ def _serve(arguments: argparse.Namespace) -> None:
         wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)
     log.info("%s: stopping", stopping.asked)
     _stop(node, server, sockets)
+
+
+def _bind(own: Server, address: str) -> socket.socket:
+    """A socket that has the port of this node, but does not listen yet. Raises S4Error if that is taken."""
+    family, kind, proto, _name, place = socket.getaddrinfo(address, own.port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        listener.bind(place)
+    except OSError as e:
+        raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
+    return listener
 
 
 def _channel_class() -> type:

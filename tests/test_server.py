@@ -118,12 +118,14 @@ def test_a_bad_time_limit_stops_the_start(alone: Cluster, folder: Path, value: s
     assert list(folder.iterdir()) == []
 
 
-def test_a_second_server_on_a_folder_refuses(alone: Cluster) -> None:
-    (node,) = alone.nodes
+def test_a_second_server_on_a_folder_refuses(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2, start=False)
+    node, other = cluster.nodes
     node.start()
-    result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+    place = ["-conf", str(cluster.conf), "-port", str(other.port)]
+    result = cluster.run(*place, program=[SERVER], cwd=node.folder)
     assert result.code == 1 and "in use" in result.fatal and "s4_data" in result.fatal
-    assert node.put("s4://b/000", b"x").status == 200
+    assert node.get("/health").status == 200
 
 
 def test_a_port_that_is_taken_is_one_clear_line(alone: Cluster, folder: Path) -> None:
@@ -131,7 +133,8 @@ def test_a_port_that_is_taken_is_one_clear_line(alone: Cluster, folder: Path) ->
     with socket.create_server((node.host, node.port)):
         result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=folder)
     assert result.code == 1 and str(node) in result.fatal and "in use" in result.fatal
-    node.start()  # and nothing was left that keeps it from starting
+    assert list(folder.iterdir()) == []
+    node.start()
 
 
 def test_a_data_folder_that_cannot_be_made_is_one_clear_line(alone: Cluster, folder: Path) -> None:
