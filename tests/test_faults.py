@@ -796,14 +796,35 @@ def test_a_full_disk_of_the_client_is_one_clear_line(start_cluster: Start, folde
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> None:
-    cluster = start_cluster(1, start=False, check=False)
-    (node,) = cluster.nodes
+@contextlib.contextmanager
+def _small_disk(node: Node, megabytes: int) -> Iterator[None]:
+    """A data folder of this size for a node that the block starts; it is stopped at the end."""
     node.data.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "s4-test", str(node.data)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "s4-test", str(node.data)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("only root can have a small disk")
     try:
+        yield
+    finally:
+        node.terminate()
+        # A process that the node has left to itself may take a moment to end.
+        umount = ["umount", str(node.data)]
+        eventually(lambda: subprocess.run(umount, capture_output=True).returncode == 0, 5, "umount")
+
+
+def _fill_disk(node: Node, leave: int = 0) -> Path:
+    """Leave so many bytes of room in the data folder; the file that takes the others."""
+    path = node.data / "_index" / "fill"  # which a node leaves alone
+    with open(path, "ab", buffering=0) as fill, contextlib.suppress(OSError):
+        while (disk := os.statvfs(node.data)).f_bavail * disk.f_frsize > leave:
+            fill.write(bytes(4096))
+    return path
+
+
+def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False, check=False)
+    (node,) = cluster.nodes
+    with _small_disk(node, 12):
         node.start()
         cluster.put_all({f"s4://b/{i:03}": bytes(10_000) for i in range(300)})
         result = cluster.run("map", "s4://b/", "s4://o/", "head -c 25000000 /dev/zero > x")
@@ -811,9 +832,7 @@ def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> No
         eventually(lambda: cluster.run("eval", "s4://b/000", "true").code == 0, 5, "there is room again")
         node.terminate()  # which leaves the index without room of its own
         node.start()
-        with open(node.data / "_fill", "wb", buffering=0) as fill, contextlib.suppress(OSError):
-            while True:
-                fill.write(bytes(4096))
+        _fill_disk(node)
         cluster.fails("cp", "-", "s4://b/more", data=b"x", code=1, says="full; s4 rm makes room")
         node.kill()
         node.start()
@@ -823,9 +842,20 @@ def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> No
         cluster.s4("rm", "-r", "s4://b/0")
         assert len(cluster.keys("s4://b/")) == 200
         cluster.s4("cp", "-", "s4://b/more", data=b"x")
-    finally:
-        node.terminate()
-        subprocess.run(["umount", str(node.data)], check=True)
+
+
+def test_a_stop_on_a_full_disk_loses_nothing(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    with _small_disk(node, 12):
+        node.start()
+        cluster.put_all({f"s4://b/{i:03}{'x' * 200}": b"" for i in range(200)})
+        fill = _fill_disk(node)
+        assert node.terminate() == 0
+        assert "Traceback" not in node.log
+        fill.unlink()
+        node.start()
+        assert len(cluster.keys("s4://b/")) == 200
 
 
 def test_a_full_disk_of_the_node_is_one_clear_line_and_it_goes_on(start_cluster: Start, folder: Path) -> None:

@@ -137,7 +137,9 @@ class Database:
         with self._write_lock:
             self._closed = True
             # SQLite does it by itself only for the last connection; other threads have theirs for reading.
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            # On a full disk it fails; then what is in the WAL stays there, and the next start reads it there.
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()
 
     def abandon(self) -> None:
