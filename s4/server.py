@@ -318,6 +318,8 @@ def _keep_house(node: "Node") -> None:
                 node.prune()
         except StoppingError:
             return
+        except S4Error as e:  # such as a damaged index, which stays so
+            log.error("housekeeping failed; it goes on: %s", e)
         except Exception:
             log.exception("housekeeping failed; it goes on")
 

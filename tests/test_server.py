@@ -513,17 +513,22 @@ def test_a_stopped_node_leaves_everything_in_one_index_file(alone: Cluster) -> N
     assert not wal.exists() or wal.stat().st_size == 0
 
 
+def _damage(node: Node, name: str) -> None:
+    """Spoil the first page of a table or an index in node.db."""
+    index = node.data / "_index" / "node.db"
+    with contextlib.closing(sqlite3.connect(index)) as db, db:
+        [(page,)] = db.execute("select rootpage from sqlite_master where name = ?", (name,)).fetchall()
+        [(size,)] = db.execute("pragma page_size").fetchall()
+    whole = index.read_bytes()
+    index.write_bytes(whole[: (page - 1) * size] + bytes(size) + whole[page * size :])
+
+
 def test_a_damaged_page_is_told_in_one_line(start_cluster: Callable[..., Cluster]) -> None:
     alone = start_cluster(1, check=False)
     (node,) = alone.nodes
     alone.put_all({f"s4://b/{i:03}": b"" for i in range(200)})
     node.terminate()
-    index = node.data / "_index" / "node.db"
-    with contextlib.closing(sqlite3.connect(index)) as db, db:
-        [(page,)] = db.execute("select rootpage from sqlite_master where name = 'keys'").fetchall()
-        [(size,)] = db.execute("pragma page_size").fetchall()
-    whole = index.read_bytes()
-    index.write_bytes(whole[: (page - 1) * size] + bytes(size) + whole[page * size :])
+    _damage(node, "keys")
     node.start()
     for arguments in (
         ["ls", "-r", "s4://b"],
@@ -532,6 +537,17 @@ def test_a_damaged_page_is_told_in_one_line(start_cluster: Callable[..., Cluster
         ["rm", "s4://b/000"],
     ):
         assert "reindex" in alone.fails(*arguments, says="malformed", code=1)
+    assert "Traceback" not in node.log
+
+
+def test_housekeeping_tells_of_a_damaged_index_in_one_line(start_cluster: Callable[..., Cluster]) -> None:
+    alone = start_cluster(1, check=False)
+    (node,) = alone.nodes
+    node.terminate()
+    _damage(node, "jobs_by_start")
+    node.start()
+    line = eventually(lambda: re.search(".*housekeeping failed.*", node.log), 5)
+    assert line is not None and LINE.fullmatch(line[0]) and "reindex" in line[0]
     assert "Traceback" not in node.log
 
 
