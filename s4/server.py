@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,6 +42,9 @@ PRUNE_SECONDS = 10.0
 STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
 SPARE_THREADS = 8  # of waitress, beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
+MAX_CONNECTIONS = 4000  # each costs a microsecond whenever something happens on any of them
+IDLE_SECONDS = 20  # after which a connection without a request is closed
+STALLED_SECONDS = 120  # the same, when there is an answer that is not read any further
 SEND_BUFFER = 128 * 1024
 OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
 
@@ -213,7 +216,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             map=sockets,
             sockets=[listener],
             threads=limits.waiting_requests + SPARE_THREADS,
-            connection_limit=1000,  # by default further clients hang at 100
+            connection_limit=_connection_limit(),
+            cleanup_interval=5,
             channel_request_lookahead=1,  # lets an eval notice that its caller is gone
             # A listing never waits for a slow reader: waitress spools what it cannot send to a file.
             outbuf_high_watermark=2**62,
@@ -224,6 +228,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         node.stop()
         raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
     server.channel_class = _channel_class()
+    server.maintenance = lambda now: _end_idle(server.active_channels.values(), now)
     # Connections inherit it. waitress sends blocks as large as this, by default megabytes for each reader.
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
@@ -250,6 +255,25 @@ def _bind(own: Server, address: str) -> socket.socket:
     except OSError as e:
         raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
     return listener
+
+
+def _connection_limit() -> int:
+    """How many connections are accepted, so that half of the descriptors are left for all else.
+
+    If there is none, waitress tries to accept a connection again and again, with a traceback each time.
+    """
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+def _end_idle(channels: Iterable[Any], now: float) -> None:
+    """Close connections on which nothing moves.
+
+    waitress itself would be as impatient with who reads an answer, such as a pager.
+    """
+    for channel in channels:
+        seconds = STALLED_SECONDS if channel.total_outbufs_len else IDLE_SECONDS
+        if not channel.requests and channel.last_activity < now - seconds:
+            channel.will_close = True
 
 
 def _channel_class() -> type:

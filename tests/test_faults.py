@@ -4,8 +4,10 @@ Each test has nodes of its own; at its end the fixture checks that files and ind
 """
 
 import contextlib
+import http.client
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import procs
 import pytest
-from cluster import HOST, Answer, Cluster, Node, free_port, read_to_end, tree, write_tree
+from cluster import HOST, SERVER, Answer, Cluster, Node, free_port, read_to_end, tree, write_tree
 from procs import eventually
 from reference import checksum_of
 
@@ -562,6 +564,90 @@ def test_half_requests_that_stay_open_keep_nobody_out(start_cluster: Start) -> N
             connection.sendall(list(GARBAGE.values())[4 + i % 3])
         assert _seconds(lambda: node.get("/health")) < 1
         assert node.put("s4://b/001", b"x").status == 200
+
+
+def _ask_slowly(node: Node, method: str, target: str, body: bytes = b"") -> socket.socket:
+    """A request over a connection that takes little of the answer before it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect((node.host, node.port))
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def _read_slowly(connection: socket.socket) -> bytes:
+    """The body of an answer, read at 2 MB a second. Raises HTTPException if it breaks off."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    blocks = []
+    while block := response.read(40_000):
+        blocks.append(block)
+        time.sleep(0.02)
+    return b"".join(blocks)
+
+
+@contextlib.contextmanager
+def _idle_connections(node: Node, count: int) -> Iterator[None]:
+    """Connections on which nothing is asked; they may be more than a process has files by default."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(node.dial(node.port))
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_thousands_of_idle_connections_keep_nobody_out(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    with _idle_connections(node, 1500):
+        assert node.get("/health", timeout=10).status == 200
+
+
+def test_more_connections_than_descriptors_are_no_errors(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    with open(node.log_path, "ab") as log:
+        node.process = cluster.start_s4(
+            *("-port", str(node.port), "-conf", str(cluster.conf)),
+            program=[SERVER],
+            cwd=node.folder,
+            stdout=log,
+            stderr=log,
+            before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400)),
+        )
+    node.wait_healthy()
+    with _idle_connections(node, 600):
+        eventually(lambda: "reached the connection limit" in node.log, 10)
+    assert node.get("/health", timeout=10).status == 200
+    assert node.put("s4://b/000", b"x").status == 200
+    assert "accept() threw" not in node.log
+
+
+def test_only_a_connection_without_a_request_is_closed_for_being_idle(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000").status == 200
+    closed = cluster.work / "closed"
+    with (
+        _ask_slowly(node, "POST", "/eval?key=s4://b/000", b"seq 400000") as unread,
+        _request(
+            node,
+            "POST",
+            "/eval?key=s4://b/000",
+            f"until [ -e {closed} ]; do sleep 0.1; done; echo x".encode(),
+        ) as working,
+    ):
+        eventually(lambda: _answered([unread]), 10)
+        with node.dial(node.port) as idle:
+            idle.settimeout(35)
+            assert idle.recv(1) == b""
+        closed.touch()
+        assert _read_slowly(unread) == b"".join(b"%d\n" % i for i in range(1, 400_001))
+        assert _read_slowly(working) == b"x\n"
 
 
 def test_garbage_at_a_transfer_port_is_never_a_key(start_cluster: Start) -> None:
