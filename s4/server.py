@@ -5,6 +5,7 @@ main one, and must stay slim (110 ms and 30 MB less for each).
 """
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -47,6 +48,9 @@ IDLE_SECONDS = 20  # after which a connection without a request is closed
 STALLED_SECONDS = 120  # the same, when there is an answer that is not read any further
 SEND_BUFFER = 128 * 1024
 OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
+SPOOL_MARGIN = 8 * 1024 * 1024  # of disk space, which answers leave to all else
+PIECE = 256 * 1024  # of an answer that cannot be spooled; less than waitress keeps in memory
+UNREAD_SECONDS = 30.0  # that such an answer waits for a reader who takes nothing
 
 log = logging.getLogger("s4.server")
 
@@ -219,7 +223,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             connection_limit=_connection_limit(),
             cleanup_interval=5,
             channel_request_lookahead=1,  # lets an eval notice that its caller is gone
-            # A listing never waits for a slow reader: waitress spools what it cannot send to a file.
+            # A listing never waits for a slow reader, while the disk has room: waitress spools what it cannot
+            # send to a file.
             outbuf_high_watermark=2**62,
             max_request_body_size=MAX_REQUEST_BYTES,
             ident="s4",
@@ -277,26 +282,57 @@ def _end_idle(channels: Iterable[Any], now: float) -> None:
 
 
 def _channel_class() -> type:
-    """waitress's channel, but that what it has sent of a long answer does not stay in memory.
+    """waitress's channel, but careful with memory and with the disk in long answers.
 
     waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader
     keeps up, that is memory, so the buffer is changed for a new one every few megabytes. When a reader does
-    not, it is a file.
+    not, it is a file, unless the disk is full: an answer that does not fit into the file would be lost, so it
+    waits for its reader then.
     """
     from waitress.buffers import OverflowableBuffer
-    from waitress.channel import HTTPChannel
+    from waitress.channel import ClientDisconnected, HTTPChannel
 
     class Channel(HTTPChannel):  # type: ignore[misc]
         current_outbuf_count: int
 
         def write_soon(self, data: Any) -> Any:
             with self.outbuf_lock:
-                if self.current_outbuf_count >= OUTPUT_BUFFER and not self.outbufs[-1].overflowed:
-                    self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
-                    self.current_outbuf_count = 0
-            return super().write_soon(data)
+                last = self.outbufs[-1]
+                spools = last.overflowed or len(last) + len(data) >= self.adj.outbuf_overflow
+                if spools and not _has_room(len(data)):
+                    for start in range(0, len(data), PIECE):
+                        self._write_to_reader(data[start : start + PIECE])
+                    return len(data)
+                if self.current_outbuf_count >= OUTPUT_BUFFER and not last.overflowed:
+                    self._change_buffer()
+                return super().write_soon(data)
+
+        def _write_to_reader(self, piece: bytes) -> None:
+            """Write once so much was read that the piece fits into memory."""
+            while self.connected and self.total_outbufs_len + len(piece) >= self.adj.outbuf_overflow:
+                self.server.pull_trigger()
+                if not self.outbuf_lock.wait(UNREAD_SECONDS):  # which ends when some of it could be sent
+                    self.will_close = True
+                    # While nothing can be written, that alone would not be looked at.
+                    with contextlib.suppress(OSError):
+                        self.socket.shutdown(socket.SHUT_RDWR)
+                    raise ClientDisconnected
+            if self.current_outbuf_count >= OUTPUT_BUFFER or self.outbufs[-1].overflowed:
+                self._change_buffer()
+            super().write_soon(piece)
+
+        def _change_buffer(self) -> None:
+            self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+            self.current_outbuf_count = 0
 
     return Channel
+
+
+def _has_room(size: int) -> bool:
+    """Whether the disk has room for a file of waitress that grows by so many bytes."""
+    disk = os.statvfs(tempfile.gettempdir())
+    countless = disk.f_files == 0  # btrfs does not limit how many files there are
+    return disk.f_bavail * disk.f_frsize > size + SPOOL_MARGIN and (countless or disk.f_favail > 0)
 
 
 def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:

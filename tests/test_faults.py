@@ -5,6 +5,7 @@ Each test has nodes of its own; at its end the fixture checks that files and ind
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import resource
@@ -942,6 +943,35 @@ def test_a_stop_on_a_full_disk_loses_nothing(start_cluster: Start) -> None:
         fill.unlink()
         node.start()
         assert len(cluster.keys("s4://b/")) == 200
+
+
+def test_on_a_full_disk_a_slow_reader_gets_a_long_answer_whole(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    folder = "/".join(letter * 255 for letter in "abc")
+    names = [f"{folder}/{i:04}{'x' * 236}" for i in range(4000)]
+    printed, full = cluster.work / "printed", cluster.work / "full"
+    with _small_disk(node, 64), contextlib.ExitStack() as stack:
+
+        def ask(method: str, target: str, body: bytes = b"") -> socket.socket:
+            return stack.enter_context(_ask_slowly(node, method, target, body))
+
+        node.start()
+        write_tree(cluster.work / "src", dict.fromkeys(names, b""))
+        cluster.s4("cp", "-r", "src", "s4://b/")
+        line = f"seq 600000; touch {printed}; until [ -e {full} ]; do sleep 0.05; done"
+        evaluation = ask("POST", f"/eval?key=s4://b/{names[0]}", line.encode())
+        eventually(printed.exists, 10)
+        _fill_disk(node, leave=10 << 20)
+        half = ask("GET", "/list?prefix=s4://b/&recursive=true")
+        eventually(lambda: procs.holds_open(node.pid, node.data / "_tempfiles"), 5, "a part is in a file")
+        _fill_disk(node)
+        full.touch()
+        listing = ask("GET", "/list?prefix=s4://b/&recursive=true")
+        assert [row[3] for row in json.loads(_read_slowly(listing))] == names
+        assert [row[3] for row in json.loads(_read_slowly(half))] == names
+        assert _read_slowly(evaluation) == b"".join(b"%d\n" % i for i in range(1, 600_001))
+        cluster.s4("rm", "-r", "s4://b/")
 
 
 def test_a_full_disk_of_the_node_is_one_clear_line_and_it_goes_on(start_cluster: Start, folder: Path) -> None:
