@@ -48,9 +48,7 @@ IDLE_SECONDS = 20  # after which a connection without a request is closed
 STALLED_SECONDS = 120  # the same, when there is an answer that is not read any further
 SEND_BUFFER = 128 * 1024
 OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
-SPOOL_MARGIN = 8 * 1024 * 1024  # of disk space, which answers leave to all else
-PIECE = 256 * 1024  # of an answer that cannot be spooled; less than waitress keeps in memory
-UNREAD_SECONDS = 30.0  # that such an answer waits for a reader who takes nothing
+UNREAD_SECONDS = 30.0  # that an answer which cannot be spooled waits for a reader who takes nothing
 
 log = logging.getLogger("s4.server")
 
@@ -286,30 +284,75 @@ def _channel_class() -> type:
 
     waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader
     keeps up, that is memory, so the buffer is changed for a new one every few megabytes. When a reader does
-    not, it is a file, unless the disk is full: an answer that does not fit into the file would be lost, so it
-    waits for its reader then.
+    not, it is a file. On a full disk, where a part of the answer would be lost, it waits for its reader.
     """
-    from waitress.buffers import OverflowableBuffer
+    from waitress.buffers import FileBasedBuffer, OverflowableBuffer, TempfileBasedBuffer
     from waitress.channel import ClientDisconnected, HTTPChannel
+
+    class Spool(TempfileBasedBuffer):  # type: ignore[misc]
+        """A file, which is as it was when something does not fit into it (OSError)."""
+
+        def __init__(self, memory: Any) -> None:
+            size, position = len(memory.getfile().getbuffer()), memory.getfile().tell()
+            file = self.newfile()
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                FileBasedBuffer.__init__(self, file, memory)
+            except OSError:
+                file.close()
+                memory.getfile().seek(position)
+                raise
+
+        def append(self, data: Any) -> None:
+            position, end = self.file.tell(), self.file.seek(0, os.SEEK_END)
+            try:
+                os.posix_fallocate(self.file.fileno(), end, len(data))
+                self.file.seek(end)
+                self.file.write(data)
+                self.remain += len(data)
+            finally:
+                self.file.seek(position)
+
+    class Buffer(OverflowableBuffer):  # type: ignore[misc]
+        """Memory, and a file when it becomes large; `stuck` in memory when the disk is full."""
+
+        buf: Any
+        stuck = False
+
+        def _set_large_buffer(self) -> None:
+            try:
+                self.buf = Spool(self.buf)
+            except OSError:
+                self.stuck = True
+            else:
+                self.overflowed = True
 
     class Channel(HTTPChannel):  # type: ignore[misc]
         current_outbuf_count: int
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.outbufs = [Buffer(self.adj.outbuf_overflow)]
+
         def write_soon(self, data: Any) -> Any:
             with self.outbuf_lock:
                 last = self.outbufs[-1]
-                spools = last.overflowed or len(last) + len(data) >= self.adj.outbuf_overflow
-                if spools and not _has_room(len(data)):
-                    for start in range(0, len(data), PIECE):
-                        self._write_to_reader(data[start : start + PIECE])
-                    return len(data)
-                if self.current_outbuf_count >= OUTPUT_BUFFER and not last.overflowed:
+                if last.stuck:
+                    self._wait_for_reader()
+                # A file takes all that follows, up to the next answer, before which waitress sets this count.
+                most = self.adj.outbuf_high_watermark if last.overflowed else OUTPUT_BUFFER
+                if last.stuck or self.current_outbuf_count >= most:
                     self._change_buffer()
-                return super().write_soon(data)
+                try:
+                    return super().write_soon(data)
+                except OSError:  # the file cannot grow
+                    self._wait_for_reader()
+                    self._change_buffer()
+                    return super().write_soon(data)
 
-        def _write_to_reader(self, piece: bytes) -> None:
-            """Write once so much was read that the piece fits into memory."""
-            while self.connected and self.total_outbufs_len + len(piece) >= self.adj.outbuf_overflow:
+        def _wait_for_reader(self) -> None:
+            """Wait until what is unread is little enough to be kept in memory."""
+            while self.connected and self.total_outbufs_len >= self.adj.outbuf_overflow:
                 self.server.pull_trigger()
                 if not self.outbuf_lock.wait(UNREAD_SECONDS):  # which ends when some of it could be sent
                     self.will_close = True
@@ -317,22 +360,12 @@ def _channel_class() -> type:
                     with contextlib.suppress(OSError):
                         self.socket.shutdown(socket.SHUT_RDWR)
                     raise ClientDisconnected
-            if self.current_outbuf_count >= OUTPUT_BUFFER or self.outbufs[-1].overflowed:
-                self._change_buffer()
-            super().write_soon(piece)
 
         def _change_buffer(self) -> None:
-            self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+            self.outbufs.append(Buffer(self.adj.outbuf_overflow))
             self.current_outbuf_count = 0
 
     return Channel
-
-
-def _has_room(size: int) -> bool:
-    """Whether the disk has room for a file of waitress that grows by so many bytes."""
-    disk = os.statvfs(tempfile.gettempdir())
-    countless = disk.f_files == 0  # btrfs does not limit how many files there are
-    return disk.f_bavail * disk.f_frsize > size + SPOOL_MARGIN and (countless or disk.f_favail > 0)
 
 
 def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:
