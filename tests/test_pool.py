@@ -268,7 +268,7 @@ def test_what_a_dead_worker_left_is_ended_later_if_that_fails_at_first(bench: Be
     with pytest.raises(WorkerDiedError):
         doomed.result(10)
     assert [ran(bench.command("echo fine")).exitcode for _ in range(COMPUTE_SLOTS + 1)] == [0] * 3
-    eventually(lambda: processes_of("600.32") == [], 5, "the command is ended")
+    eventually(lambda: processes_of("600.32") == [], 10, "the command is ended")
     left = bench.folder / "run" / f"worker-{doomed.pid}"
     eventually(lambda: not left.exists(), 5, "the files are gone")
 

@@ -32,6 +32,7 @@ SPARE_WORKERS = 2  # kept when idle; more are ended after IDLE_SECONDS
 MAX_SERVED = 1000  # groups whose last turn is remembered
 IDLE_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
+MOST_PAUSE_SECONDS = 60.0
 MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 107
 
 log = logging.getLogger("s4.pool")
@@ -157,6 +158,7 @@ class Pool:
         self._wakes_at = 0.0  # monotonic: when the loop looks at the deadlines again
         self._dead: list[_Worker] = []  # of which something may be left
         self._buries_at = float("inf")  # monotonic: when that is looked after again
+        self._bury_pause = PAUSE_SECONDS
         self._finished: list[tuple[Ticket, Result, S4Error | None]] = []
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = os.pipe()
@@ -394,19 +396,23 @@ class Pool:
             self._finish(ticket, None, worker.reason or WorkerDiedError(worker.pid, exitcode))
 
     def _clear_up(self) -> None:
-        """End what dead workers left running, and remove their files; later if that cannot be done now, as
-        when the node has too many files open."""
+        """End what dead workers left running, and remove their files; later, and ever more seldom, if that
+        cannot be done now, as when the node has too many files open."""
         ours = os.getsid(0)
-        self._buries_at = float("inf")
+        left, self._dead = self._dead, []
         try:
             # Commands run in sessions of their own, the fork server in ours.
             processes.kill_children(lambda _pid, session: session != ours)
-            while self._dead:
-                Scratch(self._scratch, self._dead[-1].pid).remove()
-                self._dead.pop()
+            while left:
+                Scratch(self._scratch, left[-1].pid).remove()
+                left.pop()
         except OSError as e:
-            log.warning("what worker %d left is not cleared up yet: %s", self._dead[-1].pid, e)
-            self._buries_at = time.monotonic() + PAUSE_SECONDS
+            log.warning("what worker %d left is not cleared up yet: %s", left[-1].pid, e)
+            self._dead = left[-1:] + left[:-1]  # the next time another is the first
+            self._buries_at = time.monotonic() + self._bury_pause
+            self._bury_pause = min(2 * self._bury_pause, MOST_PAUSE_SECONDS)
+        else:
+            self._bury_pause, self._buries_at = PAUSE_SECONDS, float("inf")
 
     def _finish(self, ticket: Ticket, answer: Result, error: S4Error | None) -> None:
         try:
