@@ -33,7 +33,6 @@ MAX_SERVED = 1000  # groups whose last turn is remembered
 IDLE_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
 MOST_PAUSE_SECONDS = 60.0
-MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 107
 
 log = logging.getLogger("s4.pool")
 
@@ -165,12 +164,14 @@ class Pool:
         os.set_blocking(self._wake_send, False)
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         processes.become_subreaper()
-        if len(scratch) < MAX_SOCKET_FOLDER:
-            # Otherwise the fork server's socket lies in a folder of /tmp, where a killed node leaves it.
-            config: dict[str, Any] = vars(multiprocessing.process.current_process())["_config"]
-            config["tempdir"] = scratch
+        # Where the fork server's socket lies: not in /tmp, where a killed node would leave it. The path of a
+        # socket must be short, which that of a data folder may not be.
+        self._socket_folder = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        config: dict[str, Any] = vars(multiprocessing.process.current_process())["_config"]
+        config["tempdir"] = f"/proc/{os.getpid()}/fd/{self._socket_folder}"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["s4.workers.worker"])
+        # Workers see the other end close when the node dies.
         self._lifeline, self._lifeline_end = self._context.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._loop, name="pool", daemon=True)
         self._thread.start()
@@ -370,6 +371,11 @@ class Pool:
     def _bury(self, worker: _Worker) -> None:
         """A worker is gone, or its pipe is: make sure of it, of what it ran, and fail its one ticket."""
         self._selector.unregister(worker.connection)
+        # Before anything is closed: who gave it a task now would write into whatever has its descriptor next.
+        with self._lock:
+            del self._workers[worker.pid]
+            if worker in self._idle:
+                self._idle.remove(worker)
         processes.kill(worker.pid)
         # Of a worker whose fork server is gone we are the parent.
         exitcode = processes.reap(worker.pid)
@@ -378,10 +384,6 @@ class Pool:
             exitcode = worker.process.exitcode
         worker.connection.close()
         worker.descriptors.close()
-        with self._lock:
-            del self._workers[worker.pid]
-            if worker in self._idle:
-                self._idle.remove(worker)
         if worker.ticket is not None:
             worker.ticket.stderr = read_tail(Scratch(self._scratch, worker.pid).stderr)
         if worker.reason is None:
