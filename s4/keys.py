@@ -185,7 +185,9 @@ def _segment_matcher(pattern: str) -> Callable[[str], bool]:
     import re
     from fnmatch import translate  # only jobs with a glob need them
 
-    compiled = re.compile(translate(pattern.replace("[^", "[!")))  # bash knows both spellings
+    # At the beginning of a set, bash takes `^` for what fnmatch spells `!`.
+    pattern = re.sub(r"\[([!^]?)(\]?[^]]*\])", lambda s: f"[{'!' if s[1] else ''}{s[2]}", pattern)
+    compiled = re.compile(translate(pattern))
     return lambda segment: compiled.match(segment) is not None
 
 

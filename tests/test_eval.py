@@ -292,3 +292,17 @@ def test_a_closed_pipe_ends_it_quietly(cluster: Cluster, bucket: str) -> None:
             check=True,
         )
         assert (done.stdout.strip(), done.stderr) == (b"3", b"")
+
+
+def test_no_signal_is_ignored_in_a_command(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    cluster.put("s4://b/000", b"x")
+    ignored = cluster.s4("eval", "s4://b/000", "grep SigIgn /proc/self/status").out
+    assert int(ignored.split()[1], 16) == 0
+    command = "trap 'echo heard' HUP QUIT; kill -HUP $BASHPID; kill -QUIT $BASHPID"
+    assert cluster.s4("eval", "s4://b/000", command).out == b"heard\nheard\n"
+
+
+def test_the_word_time_alone_is_that_of_bash(cluster: Cluster, key: str) -> None:
+    result = cluster.run("eval", key, "time")
+    assert result.code == 0 and "real" in result.err

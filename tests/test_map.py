@@ -4,8 +4,10 @@ import fnmatch
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,17 @@ PATTERNS = st.lists(
 def test_globs_agree_with_a_plain_reference(pattern: list[str], path: list[str]) -> None:
     expected = len(pattern) == len(path) and all(map(fnmatch.fnmatchcase, path, pattern))
     assert matcher("/".join(pattern))("/".join(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", ["[[^]x", "[^a]x", "[!a]x", "[]a]x", "[^]a]x", "[!]a]x", "[a^]x", "[a!]x", "[^", "[^a", "[[]x"]
+)
+def test_a_set_of_a_glob_is_that_of_bash(pattern: str) -> None:
+    names = [f"{c}x" for c in "ab^[]!"] + ["[^", "[^a", "[!a"]
+    script = 'pattern=$1; shift; for name; do if [[ $name == $pattern ]]; then echo "$name"; fi; done'
+    command = ["bash", "-c", script, "bash", pattern, *names]
+    chosen = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [name for name in names if matcher(pattern)(name)] == chosen
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -366,3 +379,28 @@ def test_a_running_job_is_a_row_and_so_is_its_end(start_cluster: Callable[..., C
     ((state, error),) = node.rows("select state, error from jobs")
     assert state == "failed" and "143" in error
     assert re.search(r"(?m)^\S+ \w+ .*\bmap\b.*failed", node.log)
+
+
+def _is_stopped(pid: int) -> bool:
+    return " T " in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_a_command_that_is_paused_goes_on_when_it_may(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/in/000", b"data")
+    for stop in (signal.SIGSTOP, signal.SIGTSTP):
+        note, go = folder / f"{stop.name}.pid", folder / f"{stop.name}.go"
+        command = f"echo $BASHPID >new; mv new {note}; until [ -e {go} ]; do sleep 0.05; done; cat"
+        job = cluster.start_s4("map", f"{bucket}/in/", f"{bucket}/{stop.name}/", command)
+        eventually(note.exists, 20)
+        pid = int(note.read_text())
+        os.kill(pid, stop)
+        eventually(partial(_is_stopped, pid), 10)
+        os.kill(pid, signal.SIGCONT)
+        go.touch()
+        _out, err = job.communicate(timeout=20)
+        assert job.returncode == 0, err
+        assert cluster.get(f"{bucket}/{stop.name}/000") == b"data"
+    line = cluster.fails(
+        "map", f"{bucket}/in/", f"{bucket}/never/", "kill -STOP $BASHPID", "--timeout", "1", code=1
+    )
+    assert "time limit of 1 s" in line

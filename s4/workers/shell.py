@@ -26,11 +26,14 @@ from s4.workers import processes
 # All in one line, for a command is read where `eval` stands: its own lines count from 1, as with `bash -c`.
 # Where the fields of a command cannot be read, those of the one before must not be there any more.
 # SECONDS would count from the start of this bash.
+# A command may be stopped, as by SIGSTOP, and go on; bash looks for that only while `set -m` holds. If it was
+# stopped so soon, `wait` does not wait: `read`, for which nothing comes, is a pause, the last `wait` tells
+# how it ended. (`wait -f` may spin for ever; seen with bash 5.2.)
 _LOOP = r"""
-set -m;
 while read -r; do
     s4_job=();
     mapfile -d '' -t s4_job <"$1";
+    set -m;
     (
         exec 2>>"${s4_job[3]}" 1<>"${s4_job[2]}" <"${s4_job[1]}" || exit;
         cd -- "${s4_job[0]}" || exit;
@@ -39,7 +42,7 @@ while read -r; do
         unset s4_job;
         set --;
         set +m;
-        if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)\  ]]; then
+        if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)(\ |$) ]]; then
             set -- $s4_command;
             hash -- "$1" 2>/dev/null && [[ ${BASH_CMDS[$1]-} ]] && exec -- "$@";
             set --;
@@ -48,8 +51,11 @@ while read -r; do
         set -euo pipefail;
         eval -- "$s4_command"
     ) &
-    wait $!;
-    s4_status=$?;
+    set +m;
+    while wait $!; s4_status=$?; ((s4_status > 128)) && kill -0 $!; do
+        read -t 0.1;
+    done;
+    ((s4_status > 128)) && { wait $!; s4_status=$?; };
     kill -KILL -- -$!;
     echo "$s4_status";
 done 2>/dev/null
@@ -201,6 +207,6 @@ def _prepare_for_commands() -> None:
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # Python ignores SIGPIPE, and bash could not undo that for `… | head`.
-    for number in (signal.SIGPIPE, signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
+    # Python ignores SIGPIPE, sh SIGHUP, and a script what it starts with `&` others; bash could not undo it.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
