@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -51,7 +52,7 @@ def run_local(nodes: int, folder: str) -> int:
             time.sleep(0.05)
         if not stopping:
             print(f"{nodes} nodes are up; stop them with Ctrl-C. To use them:", flush=True)
-            print(f"export {CONF_ENVIRONMENT}={conf}", flush=True)
+            print(f"export {CONF_ENVIRONMENT}={shlex.quote(conf)}", flush=True)
         while not stopping:
             if _report_dead(running):
                 return EXIT_FAILED

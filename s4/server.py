@@ -5,7 +5,6 @@ main one, and must stay slim (110 ms and 30 MB less for each).
 """
 
 import argparse
-import contextlib
 import gc
 import logging
 import os
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,20 +34,13 @@ from s4.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSE, S4Error, Stopp
 
 if TYPE_CHECKING:
     from s4.node import Node
+    from s4.webserver import WebServer
 
 _CPUS = len(os.sched_getaffinity(0))
 
 HOUSEKEEPING_SECONDS = 1.0
 PRUNE_SECONDS = 10.0
 STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
-SPARE_THREADS = 8  # of waitress, beyond those that may wait
-MAX_REQUEST_BYTES = 64 * 1024 * 1024
-MAX_CONNECTIONS = 4000  # each costs a microsecond whenever something happens on any of them
-IDLE_SECONDS = 20  # after which a connection without a request is closed
-STALLED_SECONDS = 120  # the same, when there is an answer that is not read any further
-SEND_BUFFER = 128 * 1024
-OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
-UNREAD_SECONDS = 30.0  # that an answer which cannot be spooled waits for a reader who takes nothing
 
 log = logging.getLogger("s4.server")
 
@@ -132,7 +124,8 @@ def main() -> None:
                 from s4.reindex import reindex
 
                 conf = read_conf(arguments.conf)
-                reindex(conf, own_position(conf, arguments.port), arguments.data)
+                position = own_position(conf, arguments.port)
+                reindex(conf, position, _away_from_here(arguments.data))
             case _:
                 _serve(arguments)
     except (S4Error, OSError) as e:
@@ -195,11 +188,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     _start_log()
     _raise_file_limit()
 
-    from waitress import wasyncore
-    from waitress.server import create_server
-
     from s4.api import make_app
     from s4.node import Limits, Node
+    from s4.webserver import WebServer
 
     own = conf.servers[position]
     address = local_address(own.host)
@@ -209,41 +200,32 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.max_io_jobs, arguments.max_cpu_jobs, timeout, arguments.keep_jobs, arguments.keep_days
     )
     _prepare_environment(conf, own)
-    node = Node(conf, position, address, arguments.data, limits)
+    node = Node(conf, position, address, _away_from_here(arguments.data), limits)
     tempfile.tempdir = node.storage.temporary_file("")  # where waitress spools, on the disk of the data
-    sockets: dict[int, Any] = {}
     try:
-        server = create_server(
-            make_app(node),
-            map=sockets,
-            sockets=[listener],
-            threads=limits.waiting_requests + SPARE_THREADS,
-            connection_limit=_connection_limit(),
-            cleanup_interval=5,
-            channel_request_lookahead=1,  # lets an eval notice that its caller is gone
-            # A listing never waits for a slow reader, while the disk has room: waitress spools what it cannot
-            # send to a file.
-            outbuf_high_watermark=2**62,
-            max_request_body_size=MAX_REQUEST_BYTES,
-            ident="s4",
-        )
+        server = WebServer(make_app(node), listener, limits.waiting_requests)
     except OSError as e:
         node.stop()
         raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
-    server.channel_class = _channel_class()
-    server.maintenance = lambda now: _end_idle(server.active_channels.values(), now)
-    # Connections inherit it. waitress sends blocks as large as this, by default megabytes for each reader.
-    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    threading.Thread(target=_keep_house, args=(node,), name="housekeeping", daemon=True).start()
+    for action, seconds in ((node.keep_house, HOUSEKEEPING_SECONDS), (node.prune, PRUNE_SECONDS)):
+        threading.Thread(target=_repeat, args=(action, seconds), name=action.__name__, daemon=True).start()
     log.info("node %s serves %s", own, node.storage.root)
     if address.startswith("127.") and any(other.host != own.host for other in conf.servers):
         log.warning("%s is %s here: other machines cannot reach this node; see /etc/hosts", own.host, address)
     gc.freeze()  # what a node is made of need not be looked at again
-    stopping.wake = server.pull_trigger
+    stopping.wake = server.wake
     while not stopping.asked:
-        wasyncore.loop(timeout=1, map=sockets, use_poll=True, count=1)
+        server.serve(1)
     log.info("%s: stopping", stopping.asked)
-    _stop(node, server, sockets)
+    _stop(node, server)
+
+
+def _away_from_here(data: str) -> str:
+    """The data folder as an absolute path. Workers are forked from a `python -c`, which would take a module
+    such as random.py from the current folder, so that is left."""
+    path = os.path.abspath(data)
+    os.chdir("/")
+    return path
 
 
 def _bind(own: Server, address: str) -> socket.socket:
@@ -260,125 +242,14 @@ def _bind(own: Server, address: str) -> socket.socket:
     return listener
 
 
-def _connection_limit() -> int:
-    """How many connections are accepted, so that half of the descriptors are left for all else.
-
-    If there is none, waitress tries to accept a connection again and again, with a traceback each time.
-    """
-    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-
-
-def _end_idle(channels: Iterable[Any], now: float) -> None:
-    """Close connections on which nothing moves.
-
-    waitress itself would be as impatient with who reads an answer, such as a pager.
-    """
-    for channel in channels:
-        seconds = STALLED_SECONDS if channel.total_outbufs_len else IDLE_SECONDS
-        if not channel.requests and channel.last_activity < now - seconds:
-            channel.will_close = True
-
-
-def _channel_class() -> type:
-    """waitress's channel, but careful with memory and with the disk in long answers.
-
-    waitress 3.0.2 keeps all that it ever put into a buffer until the buffer is done with. While a reader
-    keeps up, that is memory, so the buffer is changed for a new one every few megabytes. When a reader does
-    not, it is a file. On a full disk, where a part of the answer would be lost, it waits for its reader.
-    """
-    from waitress.buffers import FileBasedBuffer, OverflowableBuffer, TempfileBasedBuffer
-    from waitress.channel import ClientDisconnected, HTTPChannel
-
-    class Spool(TempfileBasedBuffer):  # type: ignore[misc]
-        """A file, which is as it was when something does not fit into it (OSError)."""
-
-        def __init__(self, memory: Any) -> None:
-            size, position = len(memory.getfile().getbuffer()), memory.getfile().tell()
-            file = self.newfile()
-            try:
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-                FileBasedBuffer.__init__(self, file, memory)
-            except OSError:
-                file.close()
-                memory.getfile().seek(position)
-                raise
-
-        def append(self, data: Any) -> None:
-            position, end = self.file.tell(), self.file.seek(0, os.SEEK_END)
-            try:
-                os.posix_fallocate(self.file.fileno(), end, len(data))
-                self.file.seek(end)
-                self.file.write(data)
-                self.remain += len(data)
-            finally:
-                self.file.seek(position)
-
-    class Buffer(OverflowableBuffer):  # type: ignore[misc]
-        """Memory, and a file when it becomes large; `stuck` in memory when the disk is full."""
-
-        buf: Any
-        stuck = False
-
-        def _set_large_buffer(self) -> None:
-            try:
-                self.buf = Spool(self.buf)
-            except OSError:
-                self.stuck = True
-            else:
-                self.overflowed = True
-
-    class Channel(HTTPChannel):  # type: ignore[misc]
-        current_outbuf_count: int
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.outbufs = [Buffer(self.adj.outbuf_overflow)]
-
-        def write_soon(self, data: Any) -> Any:
-            with self.outbuf_lock:
-                last = self.outbufs[-1]
-                if last.stuck:
-                    self._wait_for_reader()
-                # A file takes all that follows, up to the next answer, before which waitress sets this count.
-                most = self.adj.outbuf_high_watermark if last.overflowed else OUTPUT_BUFFER
-                if last.stuck or self.current_outbuf_count >= most:
-                    self._change_buffer()
-                try:
-                    return super().write_soon(data)
-                except OSError:  # the file cannot grow
-                    self._wait_for_reader()
-                    self._change_buffer()
-                    return super().write_soon(data)
-
-        def _wait_for_reader(self) -> None:
-            """Wait until what is unread is little enough to be kept in memory."""
-            while self.connected and self.total_outbufs_len >= self.adj.outbuf_overflow:
-                self.server.pull_trigger()
-                if not self.outbuf_lock.wait(UNREAD_SECONDS):  # which ends when some of it could be sent
-                    self.will_close = True
-                    # While nothing can be written, that alone would not be looked at.
-                    with contextlib.suppress(OSError):
-                        self.socket.shutdown(socket.SHUT_RDWR)
-                    raise ClientDisconnected
-
-        def _change_buffer(self) -> None:
-            self.outbufs.append(Buffer(self.adj.outbuf_overflow))
-            self.current_outbuf_count = 0
-
-    return Channel
-
-
-def _stop(node: "Node", server: Any, sockets: dict[int, Any]) -> None:
+def _stop(node: "Node", server: "WebServer") -> None:
     """The order: no new connections; then jobs and workers, which lets waiting requests answer; then out."""
-    from waitress import wasyncore
-
     began = time.monotonic()
-    server.del_channel()
-    server.socket.close()
+    server.refuse()
     stopper = threading.Thread(target=node.stop, name="stop", daemon=True)
     stopper.start()
     while stopper.is_alive() and time.monotonic() < began + STOP_SECONDS:
-        wasyncore.loop(timeout=0.05, map=sockets, use_poll=True, count=1)
+        server.serve(0.05)
     if stopper.is_alive():
         log.error("something did not stop in %g s and is left behind", STOP_SECONDS)
     log.info("stopped %.1fms", (time.monotonic() - began) * 1000)
@@ -400,21 +271,18 @@ class _Stopping:
         self.wake()
 
 
-def _keep_house(node: "Node") -> None:
-    prune_at = 0.0
+def _repeat(action: Callable[[], None], seconds: float) -> None:
+    """Do something again and again, with pauses of so many seconds, until the node stops."""
     while True:
-        time.sleep(HOUSEKEEPING_SECONDS)
         try:
-            node.keep_house()
-            if time.monotonic() > prune_at:
-                prune_at = time.monotonic() + PRUNE_SECONDS
-                node.prune()
+            action()
         except StoppingError:
             return
         except S4Error as e:  # such as a damaged index, which stays so
             log.error("housekeeping failed; it goes on: %s", e)
         except Exception:
             log.exception("housekeeping failed; it goes on")
+        time.sleep(seconds)
 
 
 def _prepare_environment(conf: Conf, own: Server) -> None:
@@ -438,15 +306,6 @@ def _start_log() -> None:
     )
     for chatty in ("sh", "waitress"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("waitress").addFilter(_is_no_lost_client)
-
-
-def _is_no_lost_client(record: logging.LogRecord) -> bool:
-    """False where waitress 3.0.2 trips over its own note that the sender of a malformed request left."""
-    from waitress.channel import ClientDisconnected
-
-    error = record.exc_info[1] if record.exc_info else None
-    return error is None or not isinstance(error.__context__, ClientDisconnected)
 
 
 def _raise_file_limit() -> None:

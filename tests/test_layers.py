@@ -130,7 +130,7 @@ def test_only_the_surface_knows_http_servers() -> None:
         "s4.jobapi",
         "s4.parameters",
     }
-    assert {module for module in MODULES if "waitress" in IMPORTS[module]} == {"s4.server"}
+    assert {module for module in MODULES if "waitress" in IMPORTS[module]} == {"s4.webserver"}
     assert not {"falcon", "waitress"} & _reached("s4.node")
 
 

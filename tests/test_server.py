@@ -20,7 +20,7 @@ from procs import eventually
 from reference import checksum_of
 from waitress.channel import ClientDisconnected
 
-from s4.server import _is_no_lost_client
+from s4.webserver import is_no_lost_client
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} (INFO|WARNING|ERROR) s4\.\w+ \S.*", re.ASCII
@@ -141,7 +141,7 @@ def test_a_data_folder_that_cannot_be_made_is_one_clear_line(alone: Cluster, fol
     (folder / "file").write_bytes(b"")
     for data in ("file", "file/below"):
         result = alone.run("-conf", str(alone.conf), "-data", data, program=[SERVER], cwd=folder)
-        assert result.code == 1 and f"data folder {data}" in result.fatal
+        assert result.code == 1 and f"data folder {folder / data}" in result.fatal
 
 
 def test_an_index_that_is_broken_is_reported_and_left_alone(alone: Cluster) -> None:
@@ -452,7 +452,9 @@ def test_reindex_of_a_folder_that_is_not_there_is_refused(alone: Cluster) -> Non
     code, out, err = _reindex(
         node, before=("--port", str(node.port), "--conf", str(alone.conf), "--data", "typo")
     )
-    assert (code, out) == (1, "") and err.startswith("fatal: data folder typo does not exist")
+    assert (code, out) == (1, "") and err.startswith(
+        f"fatal: data folder {node.folder / 'typo'} does not exist"
+    )
     assert not (node.folder / "typo").exists()
 
 
@@ -642,4 +644,27 @@ def test_only_what_a_lost_client_causes_in_waitress_is_not_logged(
             object().path  # type: ignore[attr-defined]  # noqa: B018
     except AttributeError:
         record = logging.LogRecord("waitress", logging.ERROR, "", 0, "", (), sys.exc_info())
-    assert _is_no_lost_client(record) is logged
+    assert is_no_lost_client(record) is logged
+
+
+def test_a_node_works_in_a_deep_data_folder(alone: Cluster, folder: Path) -> None:
+    """The path of a socket may have 107 bytes, that of a data folder 4,095."""
+    (node,) = alone.nodes
+    for below in ("x" * 60, "x" * 90, "x" * 150, "/".join(["x" * 150] * 3)):
+        node.start("-data", str(folder / below))
+        assert node.put("s4://b/000", b"x").status == 200
+        assert node.post("/eval", key="s4://b/000", body=b"cat").body == b"x"
+        assert node.terminate() == 0
+
+
+def test_modules_in_the_current_folder_are_not_taken_for_those_of_python(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    for name in ("random", "socket", "queue", "string", "token", "sh", "selectors", "struct", "s4", "xxhash"):
+        (node.folder / f"{name}.py").write_text("raise SystemExit('this is not for s4')\n")
+    node.start()
+    assert node.put("s4://b/000", b"x").status == 200
+    assert node.post("/eval", key="s4://b/000", body=b"cat").body == b"x"
+    assert node.terminate() == 0
+    assert "not for s4" not in node.log
+    code, out, err = _reindex(node)
+    assert code == 0 and out.startswith("1 files, "), err
