@@ -5,6 +5,7 @@ half-written is ever seen under its name.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 THREADS_PER_SERVER = 2
 MAX_THREADS = 16
+NOTICE_SECONDS = 0.1  # how soon a Ctrl-C is noticed
 STOP_SECONDS = 2.0  # for each thread to tidy up after a Ctrl-C
 _MAX_LINKS = 40  # as many symbolic links as the kernel follows
 
@@ -133,6 +135,8 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
             elif os.path.exists(dst) and not os.path.isfile(dst):  # such as /dev/null or a pipe
                 target = os.open(dst, os.O_WRONLY | os.O_CLOEXEC)
             else:
+                if os.path.exists(place) and not os.access(place, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
                 made = _make_folders(os.path.dirname(place))
                 name = f".s4-{os.getpid()}-{threading.get_ident()}"
                 temporary = os.path.join(os.path.dirname(place), name)
@@ -316,8 +320,8 @@ class _Crew:
                     begun += 1
                     thread.start()
                 while ended < len(threads):
-                    self._ended.acquire()
-                    ended += 1
+                    # A Ctrl-C that another thread takes, as after a pause (SIGSTOP), does not wake this one.
+                    ended += self._ended.acquire(timeout=NOTICE_SECONDS)
             except BaseException:
                 self._stop()
                 for _ in range(begun - ended):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, tree, write_tree
+from cluster import S4, UNPRIVILEGED, Cluster, tree, write_tree
 from procs import eventually, holds_open, peak_megabytes
 
 from s4 import Client, S4Error, copying
@@ -697,11 +697,24 @@ def test_ctrl_c_during_an_upload_leaves_no_key(cluster: Cluster, bucket: str) ->
 def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(
     cluster: Cluster, bucket: str, folder: Path
 ) -> None:
-    files = {f"{i:04}": os.urandom(20_000) for i in range(3000)}
+    files = {f"{i:04}": os.urandom(20_000) for i in range(10)}
     write_tree(folder, files)
-    process = cluster.start_s4("cp", "-r", ".", f"{bucket}/d/", cwd=folder)
-    eventually(lambda: cluster.keys(bucket), 20, "some keys")
-    _interrupt(process)
+    for i in range(10, 6000):
+        os.link(folder / f"{i % 10:04}", folder / f"{i:04}")
+        files[f"{i:04}"] = files[f"{i % 10:04}"]
+    for _ in range(50):
+        process = cluster.start_s4("cp", "-r", ".", f"{bucket}/d/", cwd=folder)
+        eventually(lambda: cluster.keys(bucket), 20, "some keys")
+        process.send_signal(signal.SIGSTOP)
+        state = eventually(lambda: (found := _state(process.pid)) in "TZ" and found, 5, "it stands still")  # noqa: B023
+        if state == "T" and len(cluster.keys(bucket)) < 1500:  # six batches of 200 may be on their way
+            break
+        process.send_signal(signal.SIGCONT)  # it is nearly done: once more
+        assert process.wait(10) == 0
+        cluster.s4("rm", "-r", f"{bucket}/")
+    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    _interrupted(process)
     with cluster.nothing_changes():  # the nodes notice at once
         arrived = cluster.contents(f"{bucket}/d/")
     assert 0 < len(arrived) < len(files)
@@ -754,3 +767,14 @@ def _written(pid: int, folder: Path) -> int:
         if os.readlink(link).startswith(f"{folder}/"):
             return int(Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().split()[1])
     return 1 << 40  # it is closed by now
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put_all({f"{bucket}/000": b"new", f"{bucket}/in/000": b"new"})
+    target = folder / "000"
+    target.write_bytes(b"old")
+    target.chmod(0o444)
+    for words in (("cp", f"{bucket}/000", str(target)), ("cp", "-r", f"{bucket}/in/", str(folder))):
+        result = cluster.run(*words, program=(*UNPRIVILEGED, S4))
+        assert result.code == 1 and f"{target}: Permission denied" in result.err
+    assert target.read_bytes() == b"old" and [path.name for path in folder.iterdir()] == ["000"]
