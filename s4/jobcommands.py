@@ -6,7 +6,7 @@ What is said of a job goes to stderr, results to stdout. Tables are imported by 
 import sys
 from collections.abc import Callable, Iterable
 
-from s4.errors import MisuseError, OverlapError, UnreachableError
+from s4.errors import EXIT_UNREACHABLE, MisuseError, OverlapError, S4Error, UnreachableError
 from s4.jobcontrol import JobError, JobInterrupt
 from s4.progress import columns, watch_for
 from s4.record import asdict
@@ -263,23 +263,16 @@ def show_stat(client: "Any", *words: str, json: bool = False) -> int:
     else:
         from s4 import jobtables
 
-        fields["created"] = jobtables.moment(fields.pop("created_s"))
-        names = (
-            "key",
-            "size",
-            "checksum",
-            "created",
-            "node",
-            "file",
-            "job",
-            "task",
-            "kind",
-            "command",
-            "input",
-        )
-        _print_lines(pairs((name, as_typed(str(fields[name]))) for name in names if fields[name] is not None))
+        fields["created_s"] = jobtables.moment(found.created_s)
+        inputs = fields.pop("inputs")
+        if inputs is not None and inputs > 1:
+            fields["input"] += f" and {inputs - 1} more"
+        shown = {name.removesuffix("_s"): value for name, value in fields.items() if value is not None}
+        _print_lines(pairs((name, as_typed(str(value))) for name, value in shown.items()))
     if problem:
-        raise UnreachableError(*problem.split(": ", 1))
+        error = S4Error(problem)
+        error.exit_code = EXIT_UNREACHABLE
+        raise error
     return 0
 
 

@@ -29,7 +29,8 @@ Value = None | int | float | str | bytes
 
 @record
 class KeyInfo:
-    """What is known of a key. `command`, `kind` and `input` are those of the task that made it.
+    """What is known of a key. `kind`, `command`, `input` and `inputs` are of the task that made it: for a
+    merge the first of its keys, and how many these were.
 
     They are None if no job made the key or its record is gone, or if its node is down: then `problem`
     says so.
@@ -46,6 +47,7 @@ class KeyInfo:
     kind: str | None = None
     command: str | None = None
     input: str | None = None
+    inputs: int | None = None
     problem: str | None = None
 
 
@@ -64,7 +66,7 @@ def stat(client: "Client", key: str) -> KeyInfo:
         return info  # its record is no longer kept
     except UnreachableError as e:
         return _key_info(server, found | {"problem": str(e)})
-    origin = {name: made.get(name) for name in ("kind", "command", "input")}
+    origin = {name: made.get(name) for name in ("kind", "command", "input", "inputs")}
     return _key_info(server, found | origin)
 
 
