@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from s4.asking import GRACE_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
-from s4.errors import BadRequestError, NodeError, NonsenseError, S4Error
+from s4.errors import BadRequestError, NonsenseError, S4Error
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
 from s4.keys import new_job_id, owner, parse_key, parse_prefix, url, with_scheme
 
@@ -149,7 +149,7 @@ class Client:
                     raise BadRequestError(response.read().decode("utf-8", "replace"))
                 errors_size = int(response.getheader(STDERR_SIZE_HEADER) or 0)
                 output_size = int(response.getheader("Content-Length") or -1) - errors_size
-                if not 0 <= int(exitcode) <= 255 or output_size < 0:
+                if not 0 <= int(exitcode) <= 255 or output_size < 0 or errors_size < 0:
                     raise NonsenseError(caller.server)
             written = []
             for target, size in ((stdout, output_size), (stderr, errors_size)):
@@ -157,8 +157,6 @@ class Client:
                 while size > 0:
                     with caller.reading():
                         block = response.read(min(size, 256 * 1024))
-                    if not block:
-                        raise NodeError(caller.server, "the answer broke off")
                     size -= len(block)
                     if target is None:
                         kept.append(block)

@@ -13,6 +13,7 @@ from s4.leanjson import read_answer
 from s4.record import replace
 from s4.states import CANCELLED, FAILED, INTERRUPTED, LOST, MISSING, RUNNING
 from s4.summary import JobSummary, Part, ShareStatus, Task, lost_part, newest, part_of, summarize
+from s4.text import STDERR_SHOWN
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ POLL_SECONDS = 0.5  # how long a node may keep a question open
 PAUSE_SECONDS = 0.2  # after an answer that came sooner although the share still runs
 STRIKES = 2  # so often in a row a node does not answer before it is taken for lost
 TICK_SECONDS = 0.1
-STDERR_CHARACTERS = 2000  # what a summary keeps of a failed task's stderr
 
 
 class Watch:
@@ -164,7 +164,7 @@ def failures_of(client: Client, summary: JobSummary) -> list[Task]:
         if part.failed and part.state != LOST:
             tasks = tasks_of(client, part.node, summary.job, state=FAILED, stderr=True)
             try:
-                found += [replace(task, stderr=(task.stderr or "")[-STDERR_CHARACTERS:]) for task in tasks]
+                found += [replace(task, stderr=(task.stderr or "")[-STDERR_SHOWN:]) for task in tasks]
             except S4Error:
                 pass  # such as that it went down since; its share says how many failed
     return sorted(found, key=lambda task: task.task)

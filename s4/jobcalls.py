@@ -33,9 +33,12 @@ def cancel(client: Client, server: str, job: str, run: int | None = None) -> Sha
         return None
 
 
-def shares(client: Client, server: str, **parameters: str) -> list[ShareStatus]:
-    """A node's shares, the newest first; `prefix`, `state` and `limit` choose."""
-    answer = ask(client, server, "GET", "/jobs", parameters, silence=SILENCE_SECONDS)
+def shares(
+    client: Client, server: str, silence: float = SILENCE_SECONDS, **parameters: str
+) -> list[ShareStatus]:
+    """A node's shares, the newest first; `prefix`, `state` and `limit` choose. It may be silent for `silence`
+    seconds."""
+    answer = ask(client, server, "GET", "/jobs", parameters, silence=silence)
     with reaching(server):
         return [ShareStatus.read(server, value) for value in read_answer(server, answer, list)]
 

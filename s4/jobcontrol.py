@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from s4 import jobcalls
-from s4.asking import at_once, check_all_reachable, down, each
+from s4.asking import SILENCE_SECONDS, at_once, check_all_reachable, down, each
 from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED
 from s4.errors import (
     EXIT_FAILED,
@@ -23,7 +23,7 @@ from s4.following import Follower, Watch, failures_of
 from s4.keys import check_job_folders, new_job_id, with_scheme
 from s4.record import asdict, record, replace
 from s4.report import counts, ending, failure_lines
-from s4.states import DONE, EVAL, LOST, MISSING, RUNNING, UNKNOWN
+from s4.states import DONE, EVAL, LOST, RUNNING, UNKNOWN
 from s4.summary import (
     JobSummary,
     PlanPart,
@@ -31,6 +31,7 @@ from s4.summary import (
     Task,
     lost_part,
     merged,
+    missing_part,
     newest,
     part_of,
     state_of,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 MAX_RETRIES = 1000
 MAX_LIMIT = 1_000_000
 CANDIDATES = 10  # so many ids are named if the beginning of one is ambiguous
+CANCEL_SILENCE_SECONDS = 2.0  # for a node to tell of the job that is to be cancelled
 _ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
 
 
@@ -129,7 +131,7 @@ class Found:
                 reason = str(self.down[server]).removeprefix(f"{server}: ")
                 parts.append(lost_part(server, reason, None))
             else:
-                parts.append(lost_part(server, "it has no record of the job", None, MISSING))
+                parts.append(missing_part(server))
         summary = summarize(self.share, parts)
         if summary.unreachable:
             state = state_of(part.state for part in parts if part.state != LOST)
@@ -270,17 +272,22 @@ def cancel(client: Client, prefix: str) -> tuple[JobSummary, bool]:
 
     Raises UnreachableError, after the others have ended it, if a node that may run it is down.
     """
-    found = find(client, prefix)
-    over = found.summary().state != RUNNING
+    # Others wait to be told while a node is silent.
+    found = find(client, prefix, CANCEL_SILENCE_SECONDS)
+    over = found.summary().state != RUNNING and not found.down
     if not over:
         answers = each(lambda server: jobcalls.cancel(client, server, found.job), list(found.shares))
+        found.down.clear()
         for server, answer in answers.items():
             if isinstance(answer, UnreachableError):
                 found.down[server] = answer
             else:
                 found.shares[server] = answer
-    if any(server in found.down for server in found.shares):
-        raise down(list(found.down.values()))
+    if found.down:
+        error = down(list(found.down.values()))
+        reason = str(error).removeprefix(f"{error.server}: ")
+        told = "; the others have ended the job" if len(found.down) < len(found.shares) else ""
+        raise UnreachableError(error.server, f"{reason}{told}; later: s4 cancel {found.job}")
     return found.summary(), over
 
 
@@ -305,22 +312,21 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
     if state == DONE:
         return None
     again, began = share.run + 1, time.monotonic()
-    spec = {
-        "kind": share.kind,
-        "cmd": share.command,
-        "indir": share.indir,
-        "outdir": share.outdir,
-        "job": share.id,
-        "run": again,
-        "timeout": share.timeout,
-        "retries": share.retries,
-        "keep_going": share.keep_going,
-        "skip_existing": share.skip_existing,
-    }
+    request = Request(
+        share.kind,
+        share.indir,
+        share.outdir,
+        share.command,
+        share.timeout,
+        share.retries,
+        share.keep_going,
+        share.skip_existing,
+    )
+    body = {**asdict(request), "job": share.id, "run": again}
     with _Cancelling(client, found.job, watch, again):
 
         def post(server: str) -> ShareStatus:
-            return jobcalls.submit(client, server, "/retry", spec)
+            return jobcalls.submit(client, server, "/retry", body)
 
         shares = _all_or_none(client, found.job, again, post, [list(found.shares)])
         if detach:
@@ -329,14 +335,15 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
     return _ended_well(summary, may_be_empty=share.skip_existing)
 
 
-def find(client: Client, prefix: str) -> Found:
-    """The one job whose id starts with `prefix`. Raises S4Error if there is none, or more than one."""
+def find(client: Client, prefix: str, silence: float = SILENCE_SECONDS) -> Found:
+    """The one job whose id starts with `prefix`. Raises S4Error if there is none, or more than one. A node
+    that is silent for `silence` seconds is down."""
     if not prefix:
         raise MisuseError("the id of a job is empty")
     if len(prefix) > 64 or not _ID.issuperset(prefix):
         raise MissingError(f"no job {prefix!r}; s4 jobs lists them")
     parameters = {"prefix": prefix, "limit": str(CANDIDATES + 1)}
-    answers = each(lambda server: jobcalls.shares(client, server, **parameters), client.servers())
+    answers = each(lambda server: jobcalls.shares(client, server, silence, **parameters), client.servers())
     unreachable = {node: answer for node, answer in answers.items() if isinstance(answer, UnreachableError)}
     by_id: dict[str, dict[str, ShareStatus]] = {}
     for server, shares in answers.items():
@@ -368,9 +375,9 @@ def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
     """The newest jobs of the cluster; raises UnreachableError after them if a node is down."""
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
-    shares = [share for answer in answers.values() if isinstance(answer, list) for share in answer]
+    shares = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
     unreachable = [answer for answer in answers.values() if isinstance(answer, UnreachableError)]
-    yield from merged(shares, complete=not unreachable)[:limit]
+    yield from merged(shares, limit, complete=not unreachable)[:limit]
     if unreachable:
         raise down(unreachable)
 

@@ -4,6 +4,7 @@ A job is submitted to every node under one id. A node that fails its share tells
 stops everywhere even when nobody follows it.
 """
 
+import json
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from s4.errors import (
     CommandError,
     ConflictError,
     MissingError,
+    NonsenseError,
     OverlapError,
     S4Error,
     StoppingError,
@@ -30,7 +32,7 @@ from s4.states import DONE, FAILED, RUNNING
 MAX_RUNNING = 200  # shares at once; each has a thread
 CANCELLED_SECONDS = 3600.0  # how long a cancelled job that never began here is remembered
 STOP_SECONDS = 10.0  # for a cancelled share to end
-TELL_SECONDS = 5.0  # for another node to hear of a failure
+ASK_SECONDS = 5.0  # for another node to answer
 
 log = logging.getLogger("s4.job")
 
@@ -132,11 +134,9 @@ class Jobs:
             threading.Thread(target=self._cancel_elsewhere, args=(share.job,), daemon=True).start()
 
     def _cancel_elsewhere(self, job: JobRow) -> None:
-        for position, server in enumerate(self._services.conf.servers):
-            if position == self._services.position:
-                continue
+        for server in self._others():
             try:
-                with Caller(str(server), self._services.conf.fingerprint, TELL_SECONDS) as caller:
+                with Caller(server, self._services.conf.fingerprint, ASK_SECONDS) as caller:
                     caller.call("POST", "/cancel", {"job": job.id, "run": str(job.run)})
             except MissingError:  # it has not begun there, and never will now
                 pass
@@ -206,6 +206,35 @@ class Jobs:
         """The tasks of a share, in chunks. Raises MissingError."""
         self._services.jobs.share(job_id)
         return self._services.jobs.tasks(job_id, states, stderr=stderr)
+
+    def prune(self, keep_jobs: int, keep_seconds: float) -> None:
+        """Forget old jobs, of which JobIndex.old tells, but none that may still run on another node."""
+        index = self._services.jobs
+        index.forget(index.old(keep_jobs, keep_seconds, alone=True))
+        old = index.old(keep_jobs, keep_seconds, alone=False)
+        try:
+            running = self._running_elsewhere() if old else set()
+        except S4Error as e:
+            log.warning("%d old jobs are not forgotten yet: %s", len(old), e)
+        else:
+            index.forget([job_id for job_id in old if job_id not in running])
+
+    def _running_elsewhere(self) -> set[str]:
+        """The ids of the jobs that run on other nodes. Raises S4Error if one does not tell."""
+        found: set[str] = set()
+        for server in self._others():
+            with Caller(server, self._services.conf.fingerprint, ASK_SECONDS) as caller:
+                answer = caller.call("GET", "/jobs", {"state": RUNNING})
+            try:
+                found |= {share["id"] for share in json.loads(answer)}
+            except (ValueError, TypeError, KeyError):
+                raise NonsenseError(server) from None
+        return found
+
+    def _others(self) -> list[str]:
+        """The other nodes."""
+        services = self._services
+        return [str(server) for i, server in enumerate(services.conf.servers) if i != services.position]
 
     def stop(self) -> None:
         """End all shares; they count as interrupted."""

@@ -188,7 +188,7 @@ class Node:
     def stat(self, key: str) -> tuple[KeyRow, str]:
         """A key's row and the path of its file. Raises MissingError."""
         path = self.own_key(key)
-        return self.keys.get(path), self._services.real_path(path)
+        return self.keys.get(path), self._services.locate(path)[0]
 
     def query(self, sql: str, limit: int) -> Iterator[Sequence[Any]]:
         """The names of the columns, then the rows of a query that only reads. Raises S4Error, also between
@@ -204,8 +204,8 @@ class Node:
         self.evals.keep_house()
 
     def prune(self) -> None:
-        """Forget old jobs; called now and then."""
-        self.job_index.prune(self.limits.keep_jobs, self.limits.keep_days * 24 * 3600)
+        """Forget old jobs; called now and then, and may take its time."""
+        self.jobs.prune(self.limits.keep_jobs, self.limits.keep_days * 24 * 3600)
 
     def stop(self) -> None:
         """End everything that is under way, in the order: jobs (they would start more), then workers."""

@@ -2,9 +2,7 @@
 
 from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
 from s4.summary import JobSummary, Part, Task
-from s4.text import duration, one_line, size
-
-STDERR_SHOWN = 2000
+from s4.text import STDERR_SHOWN, duration, one_line, size
 
 
 def beginning(summary: JobSummary) -> str:

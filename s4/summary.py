@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from s4.errors import NonsenseError
 from s4.record import record, replace
@@ -235,6 +235,11 @@ def lost_part(node: str, reason: str, last: ShareStatus | None, state: str = LOS
     )
 
 
+def missing_part(node: str) -> Part:
+    """The part of a node that is up and has no share of a job."""
+    return lost_part(node, "it has no record of the job", None, MISSING)
+
+
 def _unfinished(share: ShareStatus) -> int | None:
     return None if share.tasks is None else share.tasks - share.done - share.skipped - share.failed
 
@@ -273,16 +278,22 @@ def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None =
     )
 
 
-def merged(shares: Iterable[ShareStatus], *, complete: bool) -> list[JobSummary]:
-    """Jobs from the shares of several nodes, the newest first; `complete` if no node is missing. Otherwise
-    what looks done may not be so there."""
-    by_id: dict[str, list[ShareStatus]] = {}
-    for share in shares:
-        by_id.setdefault(share.id, []).append(share)
+def merged(answers: Mapping[str, Sequence[ShareStatus]], limit: int, *, complete: bool) -> list[JobSummary]:
+    """Jobs from the shares that each node told, up to `limit`, the newest job first; `complete` if no node is
+    missing. Otherwise what looks done may not be so there."""
+    by_id: dict[str, dict[str, ShareStatus]] = {}
+    for node, shares in answers.items():
+        for share in shares:
+            by_id.setdefault(share.id, {})[node] = share
     summaries = []
     for group in by_id.values():
-        summary = summarize(group[0], [part_of(share) for share in group])
-        if not complete and not group[0].alone:
+        first = next(iter(group.values()))
+        parts = list(map(part_of, group.values()))
+        if not first.alone:  # a node that has more to tell may only not have come to it
+            told_all = [node for node, shares in answers.items() if len(shares) < limit]
+            parts += [missing_part(node) for node in told_all if node not in group]
+        summary = summarize(first, parts)
+        if not complete and not first.alone:
             state = UNKNOWN if summary.state == DONE else summary.state
             summary = replace(summary, tasks=None, state=state)
         summaries.append(summary)

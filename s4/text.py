@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 
+STDERR_SHOWN = 2000  # characters of what a failed command said, in messages and summaries
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
 # A unit of time in seconds, its name, and what would be shown as a whole one of the next.
 _SPANS = ((1.0, "s", 59.95), (60.0, "min", 59.95), (3600.0, "h", 23.95), (86400.0, "d", float("inf")))

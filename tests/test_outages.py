@@ -201,3 +201,25 @@ def test_of_two_servers_that_start_at_once_on_a_folder_one_runs(
     assert loser.process and loser.process.returncode == 1 and "fatal: " in loser.log
     winner.wait_healthy()
     assert ended() == [loser]
+
+
+def test_a_cancel_reaches_the_others_while_a_server_hangs(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    cluster.put_all({"s4://b/in/000": b"", "s4://b/in/001": b""})
+    job = cluster.s4("map", "s4://b/in/", "s4://b/out/", "sleep 7444", "--keep-going", "--detach").lines[0]
+    eventually(lambda: len(running("sleep\x007444")) == 2, 10)
+    well, stuck = cluster.nodes
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        cancel = cluster.start_s4("cancel", job[:10])
+        eventually(lambda: well.rows("select state from jobs") == [("cancelled",)], 5)
+        assert time.monotonic() - began < 5 and len(running("sleep\x007444")) == 1
+        _out, err = cancel.communicate(timeout=30)
+        assert cancel.returncode == 3
+        told = f"{stuck}: no answer in time; the others have ended the job; later: s4 cancel {job}"
+        assert err.decode() == f"fatal: {told}\n"
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+    cluster.s4("cancel", job)
+    assert running("sleep\x007444") == []

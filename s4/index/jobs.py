@@ -89,7 +89,10 @@ class NewTask(NamedTuple):
 
 
 class TaskChange(NamedTuple):
-    """What became of a task. Times in seconds, sizes in bytes, None where it is not known."""
+    """What became of a task. Times in seconds, sizes in bytes, None where it is not known.
+
+    `inputs` and `bytes_in` are what the command got, if that is not what was listed.
+    """
 
     task: int
     state: str
@@ -99,6 +102,8 @@ class TaskChange(NamedTuple):
     seconds: float | None = None
     cpu_seconds: float | None = None
     peak_memory: int | None = None
+    inputs: int | None = None
+    bytes_in: int | None = None
     bytes_out: int | None = None
     exit_code: int | None = None
     signal: int | None = None
@@ -221,9 +226,9 @@ class JobIndex:
         """Record what became of tasks, inside a transaction."""
         db.executemany(
             "UPDATE tasks SET state = ?, attempt = ?, pid = ?, started_s = ?, seconds = ?, cpu_seconds = ?,"
-            " peak_memory = ?, bytes_out = ?, exit_code = ?, signal = ?, error = ?"
-            " WHERE job = ? AND task = ?",
-            [(*change[1:12], job_id, change.task) for change in changes],
+            " peak_memory = ?, inputs = coalesce(?, inputs), bytes_in = coalesce(?, bytes_in), bytes_out = ?,"
+            " exit_code = ?, signal = ?, error = ? WHERE job = ? AND task = ?",
+            [(*change[1:-1], job_id, change.task) for change in changes],
         )
         for change in changes:  # which may be recorded already, or follow another attempt that said something
             if change.stderr:
@@ -329,20 +334,20 @@ class JobIndex:
             found: tuple[str, str] | None = db.execute(query, (job_id, number)).fetchone()
         return found
 
-    def prune(self, keep_jobs: int, keep_seconds: float) -> None:
-        """Forget finished jobs that are neither among the newest `keep_jobs` nor young enough.
-
-        Jobs of this node alone are counted by themselves, so that all nodes forget the others alike.
-        """
-        doomed: list[tuple[str]] = []
+    def old(self, keep_jobs: int, keep_seconds: float, *, alone: bool) -> list[str]:
+        """The jobs that have ended here and are neither among the newest `keep_jobs` nor young enough: those
+        of this node alone, or the others. Each kind is counted by itself, so that all nodes forget alike."""
         with self._db.read() as db:
-            for alone in (False, True):
-                doomed += db.execute(
-                    "SELECT id FROM jobs WHERE alone = ? AND state != 'running' AND started_s < ?"
-                    " AND id NOT IN (SELECT id FROM jobs WHERE alone = ? ORDER BY started_s DESC LIMIT ?)",
-                    (alone, time.time() - keep_seconds, alone, keep_jobs),
-                )
-        for (job_id,) in doomed:
+            found = db.execute(
+                "SELECT id FROM jobs WHERE alone = ? AND state != 'running' AND started_s < ?"
+                " AND id NOT IN (SELECT id FROM jobs WHERE alone = ? ORDER BY started_s DESC LIMIT ?)",
+                (alone, time.time() - keep_seconds, alone, keep_jobs),
+            )
+            return [job_id for (job_id,) in found]
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        """Remove the records of jobs."""
+        for job_id in job_ids:
             self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
             self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
             with self._db.write() as db:
