@@ -19,9 +19,9 @@ from s4.errors import (
 from s4.index import Counts, JobRow, NewTask, TaskChange
 from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
-from s4.shares import TAIL_CHARACTERS, Services, exit_text, signal_of
+from s4.shares import Services, exit_text, signal_of
 from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
-from s4.text import one_line
+from s4.text import STDERR_SHOWN, one_line
 from s4.waiting import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Ran
@@ -88,7 +88,7 @@ class Evals:
             storage.temporary_folder(work),
             storage.temporary_file(work),
             "eval",
-            self._services.real_path(task.input),
+            self._services.locate(task.input)[0],
             [],
             environment,
         )
@@ -98,7 +98,7 @@ class Evals:
         recorded = False
         try:
             self._services.pool.submit(ticket)
-            wait_for_slot(self._services.pool, ticket)  # who is turned away here comes again with the same id
+            wait_for_slot(ticket)  # who is turned away here comes again with the same id
             self._services.jobs.begin(job)
             recorded = True
             self._services.jobs.add_tasks(job.id, [task])
@@ -112,7 +112,7 @@ class Evals:
                 self._record_failure(job, task, ticket, e)
             self._services.storage.discard(job.id)
             if isinstance(e, (MissingError, TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
-                said = one_line(ticket.stderr.decode("utf-8", "replace"), TAIL_CHARACTERS)
+                said = one_line(ticket.stderr.decode("utf-8", "replace"), STDERR_SHOWN)
                 # Who raised it knows the command, but not its key.
                 e.args = (f"{url(task.input)}: {e}{': ' if said else ''}{said}",)
             raise
@@ -176,13 +176,13 @@ class Evals:
                 stderr=ran.tail,
             )
             self._end(job, change, state, error)
-            return EvalOutput(
-                ran.exitcode,
-                os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC),
-                stdout.size,
-                os.open(stderr.file, os.O_RDONLY | os.O_CLOEXEC),
-                stderr.size,
-            )
+            output = os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                errors = os.open(stderr.file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                os.close(output)
+                raise
+            return EvalOutput(ran.exitcode, output, stdout.size, errors, stderr.size)
 
     def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:
         while True:

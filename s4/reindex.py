@@ -124,7 +124,7 @@ def _has_file(storage: Storage, path: str) -> bool:
         return False
     with contextlib.suppress(S4Error):  # it cannot be read
         try:
-            storage.real_path(path)
+            storage.locate(path)
         except ConflictError as e:
             print(f"dropped: {e}", file=sys.stderr)
             return False

@@ -33,7 +33,7 @@ from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
 from s4.storage import Storage
-from s4.text import one_line
+from s4.text import STDERR_SHOWN, one_line
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
@@ -41,7 +41,6 @@ from s4.workers.tasks import Command, Destination, Ran, StoredFile
 RECORD_SECONDS = 0.25  # how far the record may lag behind tasks that run
 PROGRESS_SECONDS = 1.0  # and how far the share is
 READ_TASKS = 500  # waiting tasks read from the index at once
-TAIL_CHARACTERS = 2000
 _THREADS = "OMP_NUM_THREADS"  # https://www.openmp.org/spec-html/5.0/openmpse50.html
 _SIGNALS = frozenset(map(int, signal.Signals))
 
@@ -66,10 +65,10 @@ class Services:
         """This node, as messages name it."""
         return str(self.conf.servers[self.position])
 
-    def real_path(self, path: str) -> str:
-        """The file of a key. Raises MissingError, which tells whether the key is gone, too."""
+    def locate(self, path: str) -> tuple[str, int]:
+        """The file of a key and its bytes. Raises MissingError, which tells whether the key is gone, too."""
         try:
-            return self.storage.real_path(path)
+            return self.storage.locate(path)
         except MissingError:
             self.keys.get(path)  # if the key is gone too, that is what there is to say
             raise
@@ -275,51 +274,16 @@ class Share:
         self._all_read = len(waiting) < READ_TASKS
 
     def _start(self, attempt: _Attempt) -> None:
-        storage, task = self._services.storage, attempt.task
-        attempt.target = self._inputs.target(task.input)
-        if self.job.kind != MAP_TO_N:
-            parse_key(attempt.target)
-            [conflict] = self._services.keys.conflicts([(attempt.target, task.task)], self.job.id)
-            if conflict is not None:
-                if self.job.skip_existing and self._services.keys.exists(attempt.target):
-                    self._counts.skipped += 1
-                    self._changes.append(TaskChange(task.task, SKIPPED, attempt.number - 1))
-                    return
-                raise conflict
-        variables = {
-            "S4_JOB": self.job.id,
-            "S4_TASK": str(task.task),
-            "S4_ATTEMPT": str(attempt.number),
-            **self._threads,
-        }
-        if self.job.kind == MAP_FROM_N:
-            members = self._inputs.group(task.input)
-            if not members:
-                raise MissingError(f"no such key: {url(task.input)}")
-            stdin, lines = None, [self._services.real_path(path) for path in members]
-            variables["S4_KEY"] = prefix_of(name_of(task.input))
-        else:
-            stdin, lines = self._services.real_path(task.input), []
-            variables |= {"filename": name_of(task.input), "S4_KEY": url(task.input)}
-        name = self._work_name(attempt)
-        collect: str | Destination = "stdout"
-        stdout_bytes = task.bytes_in  # most commands print less; whether more is not known
-        if self.job.kind == MAP_TO_N:
-            collect = Destination(attempt.target, len(self._services.conf.servers), self._services.position)
-            stdout_bytes = 0  # of names
-        command = Command(
-            self.job.command,
-            storage.temporary_folder(name),
-            storage.temporary_file(name),
-            collect,
-            stdin,
-            lines,
-            variables,
-            stdout_bytes,
-        )
+        attempt.target = self._inputs.target(attempt.task.input)
+        if self.job.kind != MAP_TO_N and self._skip(attempt):
+            return
+        files = [self._services.locate(path) for path in self._members(attempt.task)]
+        # They may have been changed for others since the inputs were listed.
+        size = sum(size for _file, size in files)
+        attempt.task = attempt.task._replace(inputs=len(files), bytes_in=size)
         ticket = Ticket(
             Kind.COMPUTE,
-            command,
+            self._command(attempt, [file for file, _size in files]),
             time_limit=self.job.timeout,
             on_done=self._events.put,
             group=self.job.id,
@@ -328,6 +292,58 @@ class Share:
         attempt.ticket = ticket
         self._commands[ticket] = attempt
         self._services.pool.submit(ticket)
+
+    def _skip(self, attempt: _Attempt) -> bool:
+        """Whether a task is to be skipped, for its output has come to exist since the inputs were listed.
+
+        Raises BadKeyError, ConflictError.
+        """
+        task = attempt.task
+        parse_key(attempt.target)
+        [conflict] = self._services.keys.conflicts([(attempt.target, task.task)], self.job.id)
+        if conflict is None:
+            return False
+        if not self.job.skip_existing or not self._services.keys.exists(attempt.target):
+            raise conflict
+        self._counts.skipped += 1
+        self._changes.append(TaskChange(task.task, SKIPPED, attempt.number - 1))
+        return True
+
+    def _members(self, task: NewTask) -> list[str]:
+        """The paths of the keys that are the input of a task. Raises MissingError if a group is gone."""
+        if self.job.kind != MAP_FROM_N:
+            return [task.input]
+        members = self._inputs.group(task.input)
+        if not members:
+            raise MissingError(f"no such key: {url(task.input)}")
+        return members
+
+    def _command(self, attempt: _Attempt, files: list[str]) -> Command:
+        task, name = attempt.task, self._work_name(attempt)
+        stdin: str | None
+        lines: list[str]
+        if self.job.kind == MAP_FROM_N:
+            stdin, lines = None, files
+            variables = {"S4_KEY": prefix_of(name_of(task.input))}
+        else:
+            [stdin], lines = files, []
+            variables = {"filename": name_of(task.input), "S4_KEY": url(task.input)}
+        variables |= {"S4_JOB": self.job.id, "S4_TASK": str(task.task), "S4_ATTEMPT": str(attempt.number)}
+        collect: str | Destination = "stdout"
+        stdout_bytes = task.bytes_in  # most commands print less; whether more is not known
+        if self.job.kind == MAP_TO_N:
+            collect = Destination(attempt.target, len(self._services.conf.servers), self._services.position)
+            stdout_bytes = 0  # of names
+        return Command(
+            self.job.command,
+            self._services.storage.temporary_folder(name),
+            self._services.storage.temporary_file(name),
+            collect,
+            stdin,
+            lines,
+            variables | self._threads,
+            stdout_bytes,
+        )
 
     def _work_name(self, attempt: _Attempt) -> str:
         return f"{self.job.id}.{attempt.task.task}.{attempt.number}"
@@ -428,9 +444,10 @@ class Share:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(finished.file.file)
             self._services.jobs.change(db, self.job.id, self._changes)
-            self._changes.clear()
 
-        self._services.transfers.publish(here, record)
+        if here:
+            self._services.transfers.publish(here, record)
+            self._changes.clear()
         return refused
 
     def _stored(self, attempt: _Attempt) -> None:
@@ -450,7 +467,15 @@ class Share:
         ticket, ran = attempt.ticket, attempt.ran
         if ticket is None or ticket.pid is None:
             return TaskChange(attempt.task.task, state, attempt.number)
-        change = TaskChange(attempt.task.task, state, attempt.number, ticket.pid, round(ticket.started_s, 6))
+        change = TaskChange(
+            attempt.task.task,
+            state,
+            attempt.number,
+            ticket.pid,
+            round(ticket.started_s, 6),
+            inputs=attempt.task.inputs,
+            bytes_in=attempt.task.bytes_in,
+        )
         if ticket.done:
             change = change._replace(seconds=round(ticket.seconds, 6))
         if ran is None:
@@ -510,7 +535,7 @@ class Share:
         if self.failure is None:
             kind = ConflictError if isinstance(error, ConflictError) else CommandError
             where = f"{url(attempt.task.input)} on {self._services.server}"
-            said = one_line(change.stderr.decode("utf-8", "replace"), TAIL_CHARACTERS)
+            said = one_line(change.stderr.decode("utf-8", "replace"), STDERR_SHOWN)
             self.failure = kind(f"{where}: {change.error}{': ' if said else ''}{said}")
 
     def _record(self) -> None:

@@ -80,14 +80,15 @@ class Storage:
         """The path of a folder for a command."""
         return os.path.join(self.root, "_tempdirs", name)
 
-    def real_path(self, path: str) -> str:
-        """The absolute path of a key's file, for commands. Raises as `open` does."""
+    def locate(self, path: str) -> tuple[str, int]:
+        """The absolute path of a key's file, for commands, and its bytes. Raises as `open` does."""
         # The kernel tells where a descriptor leads: half the work of going there folder by folder.
         wanted = os.path.join(self.root, path)
         try:
             fd = os.open(wanted, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 found = os.readlink(f"/proc/self/fd/{fd}")
+                size = os.fstat(fd).st_size
             finally:
                 os.close(fd)
             if found == f"{wanted} (deleted)":  # by now; no key has a blank in it
@@ -98,7 +99,7 @@ class Storage:
             raise _missing(path) from None
         except OSError as e:
             raise _explained(path, e) from e
-        return wanted
+        return wanted, size
 
     def open(self, path: str) -> int:
         """A descriptor that reads the key's file. Raises MissingError, S4Error for what is no file, BusyError
@@ -122,7 +123,7 @@ class Storage:
         may have left there.
 
         It keeps the folder of the last key open for the next, so nobody may remove folders meanwhile. It
-        raises ConflictError if a folder with files stands there, S4Error for a symbolic link on the way.
+        raises ConflictError if a folder with files stands there, or a symbolic link on the way; S4Error.
         """
         opened = ""  # the folder of `fd`; a bucket has a name
         fd = -1

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 from s4.errors import BusyError
-from s4.workers import Pool, Ticket
+from s4.workers import Ticket
 
 SLOT_SECONDS = 7.0  # how long a request waits for a slot: longer than a dead transfer holds one
 
@@ -27,9 +27,7 @@ class Gate:
             self._places.release()
 
 
-def wait_for_slot(pool: Pool, ticket: Ticket) -> None:
-    """Wait until a submitted ticket runs. Raises BusyError, with the ticket cancelled, if it takes long."""
+def wait_for_slot(ticket: Ticket) -> None:
+    """Wait until a submitted ticket runs. Raises BusyError if it takes long: then it has to be cancelled."""
     if not ticket.wait_started(SLOT_SECONDS):
-        busy = BusyError("all slots are taken; try again later")
-        pool.cancel(ticket, busy)
-        raise busy
+        raise BusyError("all slots are taken; try again later")

@@ -258,3 +258,49 @@ def test_a_cancel_that_comes_before_its_retry_holds(cluster: Cluster, bucket: st
     eventually(lambda: node.get("/job", job=job, wait="1").json()["state"] == "cancelled", 10)
     assert node.post_json("/retry", body | {"kind": "map", "run": 3}).status == 200
     eventually(lambda: node.get("/job", job=job, wait="1").json()["state"] == "failed", 10)
+
+
+def test_a_record_says_what_a_command_got_and_not_what_was_listed(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{i}_{part}": b"ok\n" for i in range(3) for part in "ab"})
+    merge = ("map-from-n", f"{bucket}/in/", f"{bucket}/merged/", "xargs cat | grep large", "--keep-going")
+    job_of = {}
+    for words in (("map", f"{bucket}/in/", f"{bucket}/out/", "grep large", "--keep-going"), merge):
+        cluster.fails(*words, code=1)
+        job_of[words[0]] = cluster.s4("jobs", "--limit", "1").lines[1].split()[0]
+    cluster.s4("rm", "-r", f"{bucket}/in/")
+    large = b"large".ljust(100_000, b"\n")
+    cluster.put_all({f"{bucket}/in/{i}_{part}": large for i in range(3) for part in "abc"[: i + 1]})
+    cluster.run("retry", job_of["map"])
+    tasks = [task for node in cluster.nodes for task in _tasks(node, job_of["map"])]
+    got = {task["input"][-3:]: task["bytes_in"] for task in tasks if task["state"] == "done"}
+    assert got == {"0_a": 100_000, "1_a": 100_000, "1_b": 100_000, "2_a": 100_000, "2_b": 100_000}
+    cluster.s4("retry", job_of["map-from-n"])
+    tasks = [task for node in cluster.nodes for task in _tasks(node, job_of["map-from-n"])]
+    assert sorted((task["inputs"], task["bytes_in"]) for task in tasks) == [
+        (1, 100_000),
+        (2, 200_000),
+        (3, 300_000),
+    ]
+    summary = json.loads(cluster.s4("job", job_of["map-from-n"], "--json").out)
+    assert summary["bytes_in"] == 600_000
+
+
+def test_a_job_that_runs_is_forgotten_nowhere(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2, ["--keep-jobs", "1", "--keep-days", "0"])
+    cluster.put_all({"s4://b/long/000": b"", "s4://b/in/000": b"", "s4://b/in/001": b""})
+    job = cluster.s4("map", "s4://b/long/", "s4://b/out/", "sleep 7333", "--detach").lines[0]
+    for i in range(2):
+        cluster.s4("map", "s4://b/in/", f"s4://b/out{i}/", "cat")
+    query = "select id, outdir from jobs order by started_s"
+
+    def remembered() -> list[int]:
+        return [len(node.rows(query)) for node in cluster.nodes]
+
+    eventually(lambda: remembered() == [2, 2], 25, "the first short job is forgotten")
+    for node in cluster.nodes:
+        (first, _out), (_second, outdir) = node.rows(query)
+        assert (first, outdir) == (job, "s4://b/out1/")
+    assert [line.split()[2] for line in cluster.s4("jobs").lines[1:]] == ["done", "running"]
+    assert json.loads(cluster.s4("job", job, "--json").out)["state"] == "running"
+    cluster.s4("cancel", job)
+    eventually(lambda: remembered() == [1, 1], 25, "now it is, too")

@@ -31,7 +31,7 @@ def test_a_key_that_is_removed_meanwhile_is_missing_and_nothing_else(folder: Pat
         while outcome["there"] < 2000 or outcome["missing"] < 2000:
             assert time.monotonic() < deadline, outcome
             try:
-                assert storage.real_path("b/key") == f"{storage.root}/b/key"
+                assert storage.locate("b/key") == (f"{storage.root}/b/key", 0)
             except MissingError:
                 outcome["missing"] += 1
             else:
@@ -51,7 +51,7 @@ def test_what_is_no_file_on_the_way_is_refused_and_waits_for_nobody(folder: Path
     (folder / "b" / "link").symlink_to(folder / "elsewhere" / "fifo")
     for path in ("b/far/fifo", "b/link"):
         with pytest.raises(ConflictError, match="symbolic link"):
-            storage.real_path(path)
+            storage.locate(path)
     storage.close()
 
 
