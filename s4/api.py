@@ -37,6 +37,7 @@ from s4.jobapi import (
     Outputs,
     Plan,
     RemoveOutputs,
+    Resource,
     Retry,
     Schema,
     Sql,
@@ -49,6 +50,7 @@ from s4.node import Node
 from s4.parameters import (
     answer_json,
     checked_command,
+    checked_job_id,
     flag,
     is_size,
     job_id_or_new,
@@ -131,6 +133,7 @@ def _answer_error(
 ) -> None:
     status = status_of(error)
     resp.status = status
+    resp.content_type = falcon.MEDIA_TEXT  # which the resource may have set for its own answer
     resp.text = str(error).encode("utf-8", "backslashreplace").decode()
     if status in (429, 503):
         resp.set_header("Retry-After", str(RETRY_AFTER_SECONDS))
@@ -150,6 +153,7 @@ def _answer_unexpected(
 ) -> None:
     log.error("%s %s failed", req.method, req.relative_uri, exc_info=error)
     resp.status = 500
+    resp.content_type = falcon.MEDIA_TEXT
     resp.text = f"internal error: {error!r}; the log of the node has more"
 
 
@@ -187,15 +191,12 @@ class Health:
         resp.text = "healthy"
 
 
-class List:
+class List(Resource):
     """GET /list?prefix=&recursive=: JSON rows [date, time, size, path], a folder ["", "", "PRE", "name/"].
 
     Sorted by path, one row a line. Paths are relative to the folder of the prefix, or if recursive to the
     bucket. Times are local to the node.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -210,11 +211,8 @@ class List:
         resp.stream = _json_rows(chunks, cut)
 
 
-class Buckets:
+class Buckets(Resource):
     """GET /list_buckets: as /list, path = bucket, size = bytes of its keys on this node."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = falcon.MEDIA_JSON
@@ -243,11 +241,8 @@ def _json_rows(chunks: Iterator[list[ListRow]], cut: int) -> Iterator[bytes]:
     return json_lines(map(shown, chunks))
 
 
-class Delete:
+class Delete(Resource):
     """POST /delete?prefix=&recursive=: removes one key (404 if it is missing) or all that start with it."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -255,15 +250,12 @@ class Delete:
         resp.text = "deleted"
 
 
-class PreparePut:
+class PreparePut(Resource):
     """POST /prepare_put?key=[&size=]: `UUID PORT`; the bytes then go raw to PORT.
 
     With `size` in bytes the disk space is reserved beforehand and exactly so many are read; without it all
     until the sender closes its side.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -273,11 +265,8 @@ class PreparePut:
         resp.text = f"{prepared.uuid} {prepared.port}"
 
 
-class ConfirmPut:
+class ConfirmPut(Resource):
     """POST /confirm_put?uuid=&checksum=: 200 once the key is stored and visible."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -288,12 +277,9 @@ class ConfirmPut:
         resp.text = "stored"
 
 
-class PrepareGet:
+class PrepareGet(Resource):
     """POST /prepare_get?key=[&port=]: `UUID PORT` to read the bytes from, or with `port` (of the caller,
     to which the node connects) `UUID`."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -305,11 +291,8 @@ class PrepareGet:
         resp.text = prepared.uuid if port is not None else f"{prepared.uuid} {prepared.port}"
 
 
-class ConfirmGet:
+class ConfirmGet(Resource):
     """POST /confirm_get?uuid=&checksum=: 200 only if the checksum is the stored one."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -317,7 +300,7 @@ class ConfirmGet:
         resp.text = "confirmed"
 
 
-class PreparePuts:
+class PreparePuts(Resource):
     """POST /prepare_puts[?job=], body [[key, size], …], at most 200: {"uuid", "port", "refused"}.
 
     `refused` has per key null or [status, reason]. The bytes of the others follow each other on one
@@ -325,12 +308,10 @@ class PreparePuts:
     what the same task made before.
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = json_list(req, MAX_BATCH_KEYS)
-        job = query_of(req).get("job")
+        given = query_of(req)
+        job = checked_job_id(given["job"]) if "job" in given else None
         length = 2 if job is None else 3
         if not all(
             isinstance(entry, list)
@@ -344,11 +325,8 @@ class PreparePuts:
         _answer_prepared(resp, self._node.transfers.prepare_put(entries, _peer(req), job))
 
 
-class ConfirmPuts:
+class ConfirmPuts(Resource):
     """POST /confirm_puts?uuid=, body [checksum, …] of the keys that were sent: {"refused"} as above."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         uuid = needed(query_of(req), "uuid")
@@ -357,15 +335,12 @@ class ConfirmPuts:
         answer_json(resp, {"refused": _refusals(refused)})
 
 
-class PrepareGets:
+class PrepareGets(Resource):
     """POST /prepare_gets, body [key, …], at most 200: {"uuid", "port", "refused", "files"}.
 
     `files` are [bytes, checksum] of the keys that are there; their bytes follow each other on one connection
     to `port`. Nothing is to be confirmed: the caller compares the checksums.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         paths = [self._node.own_key(key) for key in json_strings(req, MAX_BATCH_KEYS)]
@@ -377,7 +352,7 @@ def _answer_prepared(resp: falcon.Response, prepared: Prepared) -> None:
     answer_json(resp, answer | {"refused": _refusals(prepared.refused)})
 
 
-class Eval:
+class Eval(Resource):
     """POST /eval?key=, body = command: 200 and its stdout; 400 with JSON {"exitcode", "stdout", "stderr"}
     (of long outputs the last MiB).
 
@@ -385,9 +360,6 @@ class Eval:
     code and the length of stderr. `timeout` is the time limit in seconds, beyond which the exit code is that
     of a killed command; `job` is the id, 409 for one that was used before.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)

@@ -40,7 +40,14 @@ DEFAULT_ROWS = 100_000  # of an SQL query
 BLOCK_BYTES = 64 * 1024  # of its answer that are sent together
 
 
-class Job:
+class Resource:
+    """A resource of a node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+
+class Job(Resource):
     """POST /map, /map_to_n, /map_from_n, body {"cmd", "indir", "outdir"}: runs this node's share.
 
     Optional: "job", an id that is the same on all nodes (the same id twice is one job); "timeout" in seconds
@@ -50,7 +57,7 @@ class Job:
     """
 
     def __init__(self, node: Node, kind: str) -> None:
-        self._node = node
+        super().__init__(node)
         self._kind = kind
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -64,45 +71,41 @@ class Job:
             answer_json(resp, {"job": job.id, "tasks": tasks})
 
 
-class Retry:
-    """POST /retry, body as for /map and "kind", "run": runs again what failed, was cancelled or was lost.
+class Retry(Resource):
+    """POST /retry, body as for /map with "job" and "kind": runs again what failed, was cancelled or was lost.
 
-    A node that never had the job runs its whole share. Answers the share; 409 while it runs, unless it is
-    the same run.
+    "run" is the number of this run, one more than the last on all nodes, so from 2. A node that never had the
+    job runs its whole share; one that had this run already does nothing. Answers the share; 409 while it
+    runs, unless it is the same run.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = json_object(req)
         job = _job(body, _kind(body), self._node.limits.timeout)
+        if not body.get("job"):
+            raise BadRequestError('"job" is missing: the id of the job that is to run again')
+        if job.run < 2:
+            raise BadRequestError('"run" is missing: a number from 2, one more than that of the last run')
         answer_json(resp, _shown(row_of(self._node.jobs.retry(job))))
 
 
-class Plan:
+class Plan(Resource):
     """POST /plan, body as for /map and "kind": what this node's share would be; nothing runs.
 
     JSON {"tasks", "keys", "bytes", "largest_bytes" (of one task), "existing" (tasks whose output exists),
     "disk_free", "disk_total"}.
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = json_object(req)
         answer_json(resp, self._node.plan(_job(body, _kind(body), self._node.limits.timeout)))
 
 
-class Cancel:
+class Cancel(Resource):
     """POST /cancel?job=[&run=]: ends this node's share of a job and all that it runs; the share afterwards.
 
     404 if it never began; then it never will. `run` spares the share if it was started again since.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -110,23 +113,17 @@ class Cancel:
         answer_json(resp, _shown(self._node.cancel(checked_job_id(needed(given, "job")), run)))
 
 
-class JobStatus:
+class JobStatus(Resource):
     """GET /job?job=[&wait=]: this node's share of a job, after its end or `wait` seconds; 404."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
-        wait = positive_seconds("wait", given["wait"], 0) if "wait" in given else 0
+        wait = positive_seconds("wait", given["wait"], 0) if given.get("wait", "0") != "0" else 0
         answer_json(resp, _shown(self._node.await_job(checked_job_id(needed(given, "job")), wait)))
 
 
-class JobList:
+class JobList(Resource):
     """GET /jobs[?limit=][&prefix=][&state=running]: a JSON list of this node's shares, the newest first."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -138,26 +135,20 @@ class JobList:
         answer_json(resp, [_shown(row) for row in rows])
 
 
-class TaskStatus:
+class TaskStatus(Resource):
     """GET /task?job=&task=: one task, with the command and the kind of its job; 404."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
         job_id = checked_job_id(needed(given, "job"))
-        number = whole_number(given | {"task": needed(given, "task")}, "task")
+        number = whole_number(given, "task")
         job = self._node.job_index.share(job_id).job
         task = _shown_task(self._node.job_index.task(job_id, number))
         answer_json(resp, task | {"command": job.command, "kind": job.kind})
 
 
-class TaskList:
+class TaskList(Resource):
     """GET /tasks?job=[&state=failed,…][&stderr=true]: a JSON list of tasks, one a line, in order; 404."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -170,27 +161,21 @@ class TaskList:
         resp.stream = json_lines([json.dumps(_shown_task(task)) for task in chunk] for chunk in chunks)
 
 
-class Outputs:
+class Outputs(Resource):
     """GET /outputs?prefix=: what made the keys here in the folders of an OUTDIR, as JSON [folder, job, task].
 
     Asked by a node that is to skip inputs of a shuffle whose outputs exist.
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         answer_json(resp, list(self._node.makers(needed(query_of(req), "prefix"))))
 
 
-class RemoveOutputs:
+class RemoveOutputs(Resource):
     """POST /remove_outputs?prefix=, body a JSON list of [folder, job, task]: removes what these made here.
 
     Sent by a node that runs a task of a shuffle again.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body = json_list(req, REMOVED_AT_ONCE)
@@ -204,11 +189,8 @@ class RemoveOutputs:
         resp.text = "removed"
 
 
-class Stat:
+class Stat(Resource):
     """GET /stat?key=: size, checksum, times and file of a key, and the job and task that made it; 404."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         row, file = self._node.stat(needed(query_of(req), "key"))
@@ -225,15 +207,12 @@ class Stat:
         )
 
 
-class Sql:
+class Sql(Resource):
     """POST /sql[?limit=], body: one SELECT over the index, which can only be read.
 
     JSON, a line each: the names of the columns; each row as a list, a blob as {"blob": HEX}; at the end {} or
     {"error": …}. 400 for SQL that fails before its first row. At most `limit` rows (100,000) and 5 seconds.
     """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -273,11 +252,8 @@ def _json_result(rows: Iterator[Sequence[Any]]) -> Iterator[bytes]:
         yield bytes(block) + json.dumps({"error": str(e)}).encode() + b"\n"
 
 
-class Schema:
+class Schema(Resource):
     """GET /schema: a JSON list of [table or view, column, type, meaning] of the index."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
         answer_json(resp, schema(self._node.database))

@@ -17,6 +17,7 @@ from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED
 from s4.errors import BadRequestError
 from s4.keys import new_job_id
 
+MAX_COMMAND_BYTES = 128 * 1024 - 1  # what bash -c takes: of a word to a program, execve(2)
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
@@ -45,8 +46,8 @@ def flag(given: dict[str, str], name: str) -> bool:
 
 
 def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:
-    """A parameter that is a whole number, up to `most`."""
-    text = given[name]
+    """A parameter that must be there, a whole number up to `most`."""
+    text = needed(given, name)
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
         raise BadRequestError(f"{name}={text!r}: a whole number is needed")
     return int(text)
@@ -58,7 +59,9 @@ def positive_seconds(name: str, given: object, default: float) -> float:
         seconds = default if given is None else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         seconds = 0
-    if isinstance(given, bool) or not 0 < seconds <= MAX_TIMEOUT:
+    # float() takes spaces and underscores too.
+    odd = isinstance(given, bool) or (isinstance(given, str) and not given.replace(".", "").isalnum())
+    if odd or not 0 < seconds <= MAX_TIMEOUT:
         raise BadRequestError(f"{name}: {TIMEOUT_NEEDED}")
     return seconds
 
@@ -146,9 +149,11 @@ def checked_command(text: str) -> str:
     if "\0" in text:
         raise BadRequestError("the command holds a NUL character")
     try:
-        os.fsencode(text)
+        size = len(os.fsencode(text))
     except UnicodeEncodeError:
         raise BadRequestError("the command is not valid UTF-8") from None
+    if size > MAX_COMMAND_BYTES:
+        raise BadRequestError(f"the command has {size} bytes, but bash takes {MAX_COMMAND_BYTES}: use a file")
     return text
 
 

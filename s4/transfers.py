@@ -80,7 +80,6 @@ class _Transfer:
     makers: list[tuple[str | None, int | None]] = field(default_factory=list)  # and the job and task of each
     checksums: list[str] = field(default_factory=list)  # of a get: what is stored
     confirmed_by_caller: bool = True
-    listener: socket.socket | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -126,6 +125,7 @@ class Transfers:
         self._gate = gate
         self._transfers: dict[str, _Transfer] = {}
         self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
+        self._listening: dict[str, socket.socket] = {}  # by transfer
         self._listeners: list[socket.socket] = []  # idle ones
         self._unrecorded: list[str] = []  # ended, but still in the record of what is under way
 
@@ -162,7 +162,8 @@ class Transfers:
             self._underway.transfer_began(name, "put", paths, total, peer)
             on_error.pop_all()
         makers = [(job, task) for _path, _size, task in wanted]
-        self._transfers[name] = _Transfer(name, paths, ticket, files, makers, listener=listener)
+        self._listening[name] = listener
+        self._transfers[name] = _Transfer(name, paths, ticket, files, makers)
         return Prepared(name, port, refused, [])
 
     def confirm_put(self, name: str, checksums: Sequence[str]) -> list[S4Error | None]:
@@ -185,6 +186,8 @@ class Transfers:
                 try:
                     received = self._received(transfer)
                     refused = self._publish(transfer, received, checksums)
+                    if all(isinstance(error, BusyError) for error in refused):
+                        raise BusyError(str(refused[0]))  # nothing is decided: it can be confirmed again
                     left = [file for file, error in zip(left, refused, strict=True) if error is not None]
                     outcome = _Outcome(refused, None, time.monotonic())
                 except BusyError:
@@ -286,8 +289,10 @@ class Transfers:
         except S4Error as e:  # a full disk should not keep keys from being read
             log.warning("transfer %s: %s", name, e)
         checksums = [row.checksum for row in found]
+        if listener is not None:
+            self._listening[name] = listener
         self._transfers[name] = _Transfer(
-            name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed, listener=listener
+            name, held, ticket, [], [], checksums, confirmed_by_caller=confirmed
         )
         return Prepared(name, own_port, refused, [(row.size, row.checksum) for row in found])
 
@@ -344,10 +349,7 @@ class Transfers:
         """
         with contextlib.suppress(IndexError, OSError):
             listener = self._listeners.pop()
-            pending = select.poll()
-            pending.register(listener, select.POLLIN)
-            while pending.poll(0):  # who came in the meantime came for nothing
-                listener.accept()[0].close()
+            _turn_away(listener)
             return listener
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         return socket.create_server((self._host, 0), family=family, backlog=8)
@@ -358,7 +360,7 @@ class Transfers:
         if not ticket.wait_started(0):
             try:
                 with self._gate.waiting():
-                    wait_for_slot(self._pool, ticket)
+                    wait_for_slot(ticket)
             except BusyError as e:
                 self._pool.cancel(ticket, e)
                 raise
@@ -379,13 +381,14 @@ class Transfers:
                 self._unrecorded.append(transfer.uuid)
 
     def _let_go(self, transfer: _Transfer) -> None:
-        """Keep the port of a transfer whose one connection has come and ended well."""
-        if transfer.listener is None:
+        """Keep the port of a transfer whose one connection has come and ended well; close that of another."""
+        listener = self._listening.pop(transfer.uuid, None)
+        if listener is None:
             return
         if transfer.ticket.succeeded and len(self._listeners) < IDLE_LISTENERS:
-            self._listeners.append(transfer.listener)
+            self._listeners.append(listener)
         else:
-            transfer.listener.close()
+            listener.close()
 
     def expire(self) -> None:
         """Drop what nobody confirmed, and record what could not be recorded; called about once a second."""
@@ -399,8 +402,14 @@ class Transfers:
         for name, outcome in list(self._outcomes.items()):
             if now > outcome.ended_s + OUTCOME_SECONDS:
                 del self._outcomes[name]
+        for _ in range(len(self._listeners)):
+            with contextlib.suppress(IndexError, OSError):
+                listener = self._listeners.pop(0)  # so that no transfer gets it meanwhile
+                _turn_away(listener)
+                self._listeners.append(listener)
         for transfer in list(self._transfers.values()):
             if transfer.ticket.done:
+                self._let_go(transfer)
                 unconfirmed_s = now - transfer.ticket.done_s
                 if not transfer.confirmed_by_caller or unconfirmed_s > UNCONFIRMED_SECONDS:
                     with transfer.lock:
@@ -415,6 +424,14 @@ def _busy_without_descriptors() -> Iterator[None]:
         if e.errno in (errno.EMFILE, errno.ENFILE):
             raise BusyError(f"{e.strerror}; try again later") from e
         raise
+
+
+def _turn_away(listener: socket.socket) -> None:
+    """Hang up on whoever connected although there is no transfer."""
+    pending = select.poll()
+    pending.register(listener, select.POLLIN)
+    while pending.poll(0):
+        listener.accept()[0].close()
 
 
 def _close_all(fds: list[int]) -> None:

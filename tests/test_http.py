@@ -1,5 +1,6 @@
 """The HTTP interface as another client uses it: each request, each status, and raw sockets for the bytes."""
 
+import contextlib
 import itertools
 import os
 import socket
@@ -489,3 +490,113 @@ def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
         assert under_way() <= before
     assert node.fetch(key) == b"two"
     node.check()
+
+
+def _turned_away(node: Node, port: int) -> None:
+    """Connect to a transfer port from another address than the caller's, and be hung up on."""
+    with socket.create_connection((node.host, port), 5, source_address=("127.0.0.9", 0)) as stranger:
+        assert stranger.recv(1) == b""
+
+
+def test_who_connects_from_elsewhere_does_not_prolong_a_dead_put(narrow: Node) -> None:
+    uuid, port = narrow.prepare_put("s4://b/000")
+    done = threading.Event()
+
+    def strangers() -> None:
+        with contextlib.suppress(OSError):  # in the end nobody listens there any more
+            while not done.is_set():
+                _turned_away(narrow, port)
+
+    other = threading.Thread(target=strangers)
+    other.start()
+    try:
+        _within_six_seconds(lambda: narrow.put("s4://b/next", b"x"))
+        answer = narrow.confirm_put(uuid, b"")
+        assert answer.status == 400 and "connections from other addresses were turned away" in answer.text
+    finally:
+        done.set()
+        other.join()
+
+
+def test_who_connects_to_a_transfer_too_late_is_hung_up_on(node: Node, bucket: str) -> None:
+    uuid, port = node.prepare_put(f"{bucket}/000")
+    node.send(port, b"data")
+    with node.dial(port) as late:
+        assert node.confirm_put(uuid, b"data").status == 200
+        late.settimeout(5)
+        assert late.recv(1) == b""
+    with node.dial(port) as later:
+        later.settimeout(5)
+        assert later.recv(1) == b""
+    assert node.put(f"{bucket}/003", b"x").status == 200 and node.fetch(f"{bucket}/003") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "body", "answered"),
+    [
+        ("GET /health", b"", b"healthy"),
+        ("GET /list?prefix={bucket}/&recursive=true", b"", b'"000"]'),
+        ("GET /stat?key={bucket}/000", b"", b'"checksum"'),
+        ("POST /prepare_get?key={bucket}/000", b"", b"-"),
+        ("POST /eval?key={bucket}/000", b"cat", b"data"),
+        ("POST /map", b'{"cmd": "cat", "indir": "{bucket}/", "outdir": "{bucket}2/"}', b'"tasks": 1'),
+    ],
+)
+def test_a_caller_who_will_say_no_more_is_answered(
+    node: Node, bucket: str, request_line: str, body: bytes, answered: bytes
+) -> None:
+    node.put(f"{bucket}/000", b"data")
+    name = bucket.encode()
+    body = body.replace(b"{bucket}", name)
+    head = f"{request_line.replace('{bucket}', bucket)} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    for _ in range(5 if request_line.startswith("GET") else 1):
+        with node.dial(node.port) as caller:
+            caller.sendall(head.encode() + body)
+            caller.shutdown(socket.SHUT_WR)
+            caller.settimeout(10)
+            answer = read_to_end(caller)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and answered in answer, answer
+
+
+def test_an_error_is_plain_text_whatever_the_answer_would_be(node: Node) -> None:
+    for answer in (
+        node.post("/sql", body=b"garbage"),
+        node.get("/list", prefix="s4://b/../x", recursive="true"),
+        node.get("/tasks", job="there-is-none"),
+    ):
+        assert answer.status >= 400 and answer.headers["Content-Type"].startswith("text/plain"), answer
+
+
+@pytest.mark.parametrize("missing", ["job", "run"])
+def test_a_retry_names_its_job_and_its_run(node: Node, bucket: str, missing: str) -> None:
+    node.put(f"{bucket}/in/000")
+    body = {"cmd": "cat", "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/", "kind": "map"}
+    answer = node.post_json(
+        "/retry", {key: v for key, v in {**body, "job": "x", "run": 2}.items() if key != missing}
+    )
+    assert answer.status == 400 and f'"{missing}" is missing' in answer.text
+    assert node.listing(f"{bucket}/out/") == []
+
+
+def test_the_outputs_of_a_job_whose_id_can_be_none_are_refused(node: Node, bucket: str) -> None:
+    body = f'[["{bucket}/000", 1, 0]]'.encode()
+    assert node.post("/prepare_puts?job=%FF", body=body).status == 400
+    assert node.post("/prepare_puts", body=body, job="no id").status == 400
+    assert node.post("/prepare_puts", body=body, job="id").status == 200
+
+
+def test_a_command_that_bash_could_not_be_given_is_400(node: Node, bucket: str) -> None:
+    node.put(f"{bucket}/000")
+    longest = b"true # ".ljust(128 * 1024 - 1, b"x")
+    assert node.post("/eval", key=f"{bucket}/000", body=longest).status == 200
+    answer = node.post("/eval", key=f"{bucket}/000", body=longest + b"x")
+    assert answer.status == 400 and "131072 bytes" in answer.text
+
+
+def test_the_share_of_a_job_can_be_asked_for_without_waiting(node: Node, bucket: str) -> None:
+    node.put(f"{bucket}/in/000")
+    body = {"cmd": "sleep 60", "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/", "detach": True}
+    job = node.post_json("/map", body).json()["id"]
+    answer = node.get("/job", job=job, wait=0, timeout=20)
+    assert answer.status == 200 and answer.json()["state"] == "running"
+    assert node.post("/cancel", job=job).json()["state"] == "cancelled"

@@ -63,12 +63,13 @@ class Bench:
         stdin: str = "",
         *,
         last_try: bool = False,
+        collect: str = "eval",
     ) -> Ticket:
         self.made += 1
         stdin = stdin or str(self.folder / "empty")
         name = f"t{self.made}"
         task = Command(
-            line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), "eval", stdin
+            line, str(self.folder / "dirs" / name), str(self.folder / "files" / name), collect, stdin
         )
         return self.pool.submit(Ticket(Kind.COMPUTE, task, (), time_limit, on_done, group, last_try))
 
@@ -143,7 +144,8 @@ def test_a_command_gets_its_exit_code_and_its_outputs(bench: Bench) -> None:
     answer = bench.run("printf 'a\\0b'; echo oops >&2; exit 7")
     assert answer.exitcode == 7 and output(answer) == b"a\0b"
     assert answer.stderr is not None and Path(answer.stderr.file).read_bytes() == b"oops\n"
-    assert answer.outputs[0].checksum == checksum_of(b"a\0b")
+    printed = ran(bench.command("printf 'a\\0b'", collect="stdout"))
+    assert output(printed) == b"a\0b" and printed.outputs[0].checksum == checksum_of(b"a\0b")
     assert list((bench.folder / "dirs").iterdir()) == []
 
 

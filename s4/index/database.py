@@ -5,6 +5,7 @@ which no transaction stays open. Private: how connections are kept.
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import os
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from s4.errors import DamagedIndexError, FullDiskError, S4Error, StoppingError
+from s4.errors import BusyError, DamagedIndexError, FullDiskError, S4Error, StoppingError
 
 # A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
 _PRAGMAS = """
@@ -158,7 +159,17 @@ def _explained(path: str, e: sqlite3.Error) -> S4Error:
         return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
     if name == "SQLITE_FULL":
         return FullDiskError(f"the index {path}: {e}; s4 rm makes room")
+    if name.startswith("SQLITE_CANTOPEN") and _no_descriptor_is_left():
+        return BusyError(f"the index {path}: too many files are open here; try again later")
     return S4Error(f"the index {path}: {e}")
+
+
+def _no_descriptor_is_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as e:
+        return e.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def _migrate(path: str) -> None:

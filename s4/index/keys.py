@@ -165,8 +165,7 @@ class KeyIndex:
             raise MissingError(f"no such key: {url(path)}")
 
     def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> None:
-        """Remove every key that starts with `prefix`. A last segment that is a whole bucket name stands for
-        that bucket only."""
+        """Remove every key that starts with `prefix`. One without '/' is a bucket, meant whole."""
         start, end = bounds(prefix)
         while self._remove(start, "path >= ? AND path < ?", (start, end), unlink) == REMOVE_CHUNK:
             pass

@@ -48,19 +48,17 @@ class Commands:
             problem = ""
             tail = read_tail(scratch.stderr)
             if task.collect == "eval":
-                outputs = [_finished(stdout, task.work + ".out")]
-                errors = _finished(scratch.stderr, task.work + ".err")
+                outputs = [_finished(stdout, task.work + ".out", hashed=False)]
+                errors = _finished(scratch.stderr, task.work + ".err", hashed=False)
             elif exitcode == 0 and task.collect == "stdout":
                 outputs = [_finished(stdout, task.work + ".out")]
             elif exitcode == 0:
                 assert isinstance(task.collect, Destination)
                 files, problem = _named_files(stdout, task.folder, task.collect.folder)
                 outputs = [
-                    _finished(path, f"{task.work}.{i}", name, stays=_stays(name, task.collect))
+                    _finished(path, f"{task.work}.{i}", name, hashed=_stays(name, task.collect))
                     for i, (name, path) in enumerate(files.items())
                 ]
-            if tail and errors is None:  # the next command must not seem to have said it
-                os.unlink(scratch.stderr)
             return Ran(exitcode, outputs, errors, tail, usage.cpu_seconds, usage.peak_memory, problem)
         finally:
             if source >= 0:
@@ -100,13 +98,13 @@ def _open_input(path: str) -> int:
     return fd
 
 
-def _finished(made: str, target: str, name: str = "", *, stays: bool = True) -> StoredFile:
-    """Make an output immutable, with no writer and mode 0444, and move it to `target`; hash it if it `stays`
-    on this node: others are hashed when they leave."""
+def _finished(made: str, target: str, name: str = "", *, hashed: bool = True) -> StoredFile:
+    """Make an output immutable, with no writer and mode 0444, and move it to `target`; `hashed` if it is to
+    be a key of this node."""
     fd = open_made(made)
     try:
         os.fchmod(fd, 0o444)
-        size, checksum = checksum_of(fd) if stays else (os.fstat(fd).st_size, "")
+        size, checksum = checksum_of(fd) if hashed else (os.fstat(fd).st_size, "")
     finally:
         os.close(fd)
     try:

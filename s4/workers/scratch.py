@@ -2,9 +2,9 @@
 
 All files that a worker or its commands make begin here, and move to where they belong when they are whole: on
 ext4 a new file is much cheaper where few were removed of late (storage.spread_folders). For the same reason
-the folder of a command is kept for the next, and stderr, which is mostly empty. Other files are not: one that
-is emptied and written again goes to the disk when it is closed (auto_da_alloc in ext4(5)), which takes 0.16
-ms; a new one takes 0.03.
+the folder of a command is kept for the next, and stderr if nothing was said there. Other files are not: one
+that is emptied and written again goes to the disk when it is closed (auto_da_alloc in ext4(5)), which takes
+0.16 ms; a new one takes 0.03.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Scratch:
             if entry.path == self.folder:
                 good = is_own_folder(found)
             else:
-                good = entry.path == self.stderr and _is_own_file(found)
+                good = entry.path == self.stderr and _is_own_file(found) and not found.st_size
             if good:
                 kept.add(entry.path)
             else:

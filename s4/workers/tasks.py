@@ -18,7 +18,8 @@ class Failure:
 class StoredFile:
     """Finished bytes at `file`: `size` in bytes and their checksum. `name` tells outputs apart.
 
-    An output that belongs to another node has an empty checksum: it is hashed when it is sent there.
+    What does not become a key of this node has an empty checksum: the output of an eval, and that which
+    belongs to another node, for it is hashed when it is sent there.
     """
 
     file: str

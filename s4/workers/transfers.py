@@ -3,9 +3,10 @@
 import contextlib
 import os
 import socket
+import time
 from functools import lru_cache
 
-from s4.errors import S4Error, TransferError
+from s4.errors import TransferError
 from s4.exchange import put_outputs
 from s4.http import Caller
 from s4.streams import (
@@ -93,15 +94,15 @@ def checksum(task: Checksum) -> Checksums:
 
 def _accept(fd: int, peer: str) -> socket.socket:
     """The first connection from the address that prepared the transfer; others are turned away."""
-    with socket.socket(fileno=os.dup(fd)) as listener:
-        set_idle_limit(listener)
-        for _ in range(100):
-            try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                raise TransferError(f"nobody connected for {IDLE_SECONDS:g} seconds") from None
+    give_up = time.monotonic() + IDLE_SECONDS  # whoever else connects does not put it off
+    others = ""
+    with socket.socket(fileno=os.dup(fd)) as listener, contextlib.suppress(BlockingIOError):
+        while (left := give_up - time.monotonic()) > 0:
+            set_idle_limit(listener, max(left, 0.001))  # 0 would be no limit
+            sock, address = listener.accept()
             if address[0] == peer:
                 set_idle_limit(sock)
                 return sock
             sock.close()
-    raise S4Error(f"too many connections from other addresses than {peer}")
+            others = f" from {peer}; connections from other addresses were turned away"
+    raise TransferError(f"nobody connected for {IDLE_SECONDS:g} seconds{others}")
