@@ -134,12 +134,16 @@ class Node:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def launch(self, *options: str, bare: bool = False, files_up_to: int | None = None) -> None:
+    def launch(
+        self, *options: str, bare: bool = False, files_up_to: int | None = None, first: str = ""
+    ) -> None:
         """Start the server without waiting.
 
         `bare`: without the usual options. `files_up_to`: bytes that fit into a file, as on a full disk.
+        `first`: Python code that the process of the node runs before all else, to lower a limit, say.
         """
         place = [] if bare else ["-port", str(self.port), "-conf", str(self.cluster.conf)]
+        changed = [sys.executable, "-c", f"{first}\nfrom s4.server import main\nmain()"]
 
         def prepare() -> None:
             die_with_parent()  # a Ctrl-C ends pytest's own processes without their fixtures
@@ -148,7 +152,7 @@ class Node:
 
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [SERVER, *place, *self.cluster.options, *options],
+                [*(changed if first else [SERVER]), *place, *self.cluster.options, *options],
                 cwd=self.folder,
                 env=self.cluster.env,
                 stdin=subprocess.DEVNULL,
@@ -159,8 +163,10 @@ class Node:
             )
         self.cluster.processes.append(self.process)
 
-    def start(self, *options: str, bare: bool = False, files_up_to: int | None = None) -> None:
-        self.launch(*options, bare=bare, files_up_to=files_up_to)
+    def start(
+        self, *options: str, bare: bool = False, files_up_to: int | None = None, first: str = ""
+    ) -> None:
+        self.launch(*options, bare=bare, files_up_to=files_up_to, first=first)
         self.wait_healthy()
 
     def wait_healthy(self) -> None:

@@ -12,9 +12,11 @@ import resource
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +28,8 @@ from procs import eventually
 from reference import checksum_of
 
 from s4.config import read_conf
+from s4.node import WAITING_REMOVALS
+from s4.workers.pool import SPARE_WORKERS
 
 CLEANED_UP = 13  # seconds: what nobody confirms is dropped 10 s after its last byte
 Start = Callable[..., Cluster]
@@ -372,6 +376,87 @@ def test_the_death_of_the_node_in_the_middle_of_a_map(start_cluster: Start) -> N
     assert node.rows("select state from jobs") == [("interrupted",)]
 
 
+@contextlib.contextmanager
+def _index_of(node: Node) -> Iterator[sqlite3.Connection]:
+    """The index of a node, to be written to; what is not committed is undone at the end."""
+    path = node.data / "_index" / "node.db"
+    with contextlib.closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as index:
+        yield index
+
+
+def test_the_death_of_the_node_between_a_rename_and_its_commit_leaves_no_file(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    for key in ("s4://b/in/000", "s4://b/out/other"):
+        assert node.put(key, b"x").status == 200
+    with _index_of(node) as index:  # the transaction that makes the output a key never ends
+        index.execute(
+            "create view endless as with recursive n(x) as"
+            " (select 1 union all select x + 1 from n) select x from n"
+        )
+        index.execute(
+            "create trigger hang after update on tasks when new.state = 'done'"
+            " begin select count(*) from endless; end"
+        )
+    job = cluster.s4("map", "s4://b/in/", "s4://b/out/", "cat", "--detach").lines[0]
+    output = node.path_of("s4://b/out/000")
+    eventually(output.exists, 20, "the output is in its place")
+    with _killed_and_restarted(node):
+        assert output.exists() and node.rows("select path from keys where path = 'b/out/000'") == []
+        with _index_of(node) as index:
+            index.execute("drop trigger hang")
+            index.execute("drop view endless")
+    assert cluster.contents("s4://b/out/") == {"other": b"x"}
+    cluster.s4("retry", job)
+    assert cluster.contents("s4://b/out/") == {"000": b"x", "other": b"x"}
+
+
+def _housekeeping(node: Node) -> None:
+    """Wait until a round of housekeeping has begun that had not before; the one before it is over then."""
+    reserve = node.data / "_index" / "node.db-reserve"  # made again first of all
+    reserve.unlink()
+    eventually(reserve.exists, 10, "housekeeping")
+
+
+def test_the_end_of_a_transfer_that_cannot_be_recorded_is_recorded_later(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000", b"x").status == 200
+    get, get_port = node.prepare_get("s4://b/000")
+    put, put_port = node.prepare_put("s4://b/001")
+    assert node.receive(get_port) == b"x"
+    node.send(put_port, b"x")
+    with _index_of(node) as index:
+        index.execute("alter table transfers rename to gone")
+        assert node.post("/confirm_get", uuid=get, checksum=checksum_of(b"x")).status == 200
+        assert node.post("/confirm_put", uuid=put, checksum="0").status == 400
+        for _ in range(2):
+            _housekeeping(node)  # which tries in vain
+        index.execute("alter table gone rename to transfers")
+    assert {uuid for (uuid,) in node.rows("select uuid from transfers")} == {get, put}
+    eventually(lambda: not node.rows("select * from transfers"), 10, "the ends are recorded")
+    assert node.put("s4://b/001", b"x").status == 200
+
+
+def test_removals_beyond_those_that_may_wait_are_told_to_come_back(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/d/000", b"x").status == 200
+    with contextlib.ExitStack() as stack:
+        index = stack.enter_context(_index_of(node))
+        index.execute("begin immediate")  # until it ends nothing can be removed
+        target = "/delete?prefix=s4://b/&recursive=true"
+        asked = [stack.enter_context(_request(node, "POST", target)) for _ in range(WAITING_REMOVALS + 3)]
+        eventually(lambda: len(_answered(asked)) == 3, 10, "those beyond the limit are refused")
+        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in _answered(asked))
+        made = node.post("/remove_outputs", body=b'[["d", "job", 0]]', prefix="s4://b/")
+        assert made.status == 429 and int(made.headers["Retry-After"]) >= 1
+        assert node.get("/health", timeout=10).status == 200
+        index.execute("rollback")
+        eventually(lambda: len(_answered(asked)) == len(asked), 20, "the others are done")
+        answers = Counter(answer[9:12] for answer in _answered(asked))
+    assert answers == {b"429": 3, b"200": WAITING_REMOVALS}
+    assert node.post("/remove_outputs", body=b'[["d", "job", 0]]', prefix="s4://b/").status == 200
+    assert node.listing("s4://b") == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_that_dies_in_a_put_or_a_get_leaves_nothing(start_cluster: Start, number: int) -> None:
     cluster, node = _alone(start_cluster)
@@ -436,6 +521,31 @@ def test_a_stop_ends_transfers_and_commands(start_cluster: Start) -> None:
     node.start()
     assert node.rows("select path from keys") == [("b/in/000",)]
     node.check()
+
+
+SLOW_RECORDS = """if True:
+    import time
+    from s4.evals import Evals
+    at_once = Evals._record_end
+    def slowly(*arguments):
+        time.sleep(0.5)
+        at_once(*arguments)
+    Evals._record_end = slowly
+"""
+
+
+def test_a_stop_waits_for_the_record_of_an_eval_that_it_ended(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(first=SLOW_RECORDS)  # otherwise the one or the other may be first
+    assert node.put("s4://b/000", b"x").status == 200
+    evaluation = cluster.start_s4("eval", "s4://b/000", "sleep 600.53")
+    eventually(lambda: node.rows("select pid from tasks") and _sleeping("600.53"), 10, "it runs")
+    assert node.terminate() == 0
+    assert evaluation.wait(10) == 1
+    assert node.rows("select kind, state, error from jobs") == [("eval", "interrupted", "the node stopped")]
+    [(state, pid, seconds)] = node.rows("select state, pid, seconds from tasks")
+    assert state == "cancelled" and pid and seconds > 0
 
 
 def test_a_checksum_that_does_not_match_stores_nothing(start_cluster: Start) -> None:
@@ -994,10 +1104,15 @@ def test_an_idle_node_takes_less_than_150_megabytes(start_cluster: Start) -> Non
     cluster, node = _alone(start_cluster)
     write_tree(cluster.work / "src", {f"{i:03}": b"x" for i in range(100)})
     cluster.s4("cp", "-r", "src", "s4://b/in/")
-    cluster.s4("map", "s4://b/in/", "s4://b/out/", "cat")
+    marks = cluster.work / "marks"
+    marks.mkdir()
+    together = f"touch {marks}/$filename; until [ $(ls {marks} | wc -l) -ge 3 ]; do sleep 0.01; done; cat"
+    cluster.s4("map", "s4://b/in/", "s4://b/out/", together)
+    assert len(node.workers()) >= 3
 
     def megabytes() -> float:
         pids = [node.pid, *(process.pid for process in procs.descendants(node.pid))]
         return sum(procs.proportional_megabytes(pid) for pid in pids)
 
-    eventually(lambda: megabytes() < 150, 20, "workers that are not needed go")
+    eventually(lambda: megabytes() < 150, 20, "it takes little")
+    eventually(lambda: len(node.workers()) == SPARE_WORKERS, 30, "workers that are not needed go")

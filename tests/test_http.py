@@ -15,9 +15,11 @@ from cluster import Answer, Cluster, Node, read_to_end
 from procs import eventually
 from reference import checksum_of
 
+from s4.api import STATUSES
 from s4.config import read_conf
+from s4.errors import S4Error
 from s4.exchange import put_outputs
-from s4.http import Caller
+from s4.http import ERROR_OF_STATUS, Caller
 
 
 @pytest.fixture
@@ -56,6 +58,14 @@ def test_what_is_no_request_is_refused(node: Node, method: str, path: str, statu
     answer = node.request(method, path, {})
     assert answer.status == status
     assert "Traceback" not in answer.text
+
+
+def test_an_error_is_the_same_on_both_sides_of_a_connection() -> None:
+    """What a node answers for an error makes the caller raise it; what has no error of its own is a 500."""
+    assert set(ERROR_OF_STATUS) <= set(STATUSES.values())
+    back = {status: STATUSES[ERROR_OF_STATUS.get(status, S4Error)] for status in STATUSES.values()}
+    assert all(status == again for status, again in back.items()), back
+    assert STATUSES[S4Error] == 500
 
 
 def test_a_put_is_prepared_sent_raw_and_confirmed(node: Node, bucket: str) -> None:
@@ -366,6 +376,14 @@ def test_a_get_that_stalls_lets_the_next_through(narrow: Node, how: str) -> None
                 silent.recv(1)
         _within_six_seconds(lambda: narrow.post("/prepare_get", key="s4://b/001"))
         silent.close()
+
+
+def test_empty_folders_in_the_place_of_a_key_make_way_for_it(node: Node, bucket: str) -> None:
+    key = f"{bucket}/d/000"
+    for folder in ("x/y", "z"):
+        (node.path_of(key) / folder).mkdir(parents=True)
+    assert node.put(key, b"data").status == 200
+    assert node.path_of(key).read_bytes() == node.fetch(key) == b"data"
 
 
 def test_slow_transfers_are_not_dropped_and_beyond_the_slots_it_is_429(narrow: Node) -> None:

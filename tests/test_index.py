@@ -278,6 +278,24 @@ def test_an_unexpected_failure_in_the_middle_adds_nothing(database: Database) ->
     assert _listed(index, "") == ["b/0"]
 
 
+def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:
+    """But not the key with the same bytes of an earlier attempt, nor what was refused."""
+    index = KeyIndex(database)
+    rows = [NewKey(path, 1, "a", "job", i) for i, path in enumerate(("b/0", "b/kept", "b/kept/x", "b/1"))]
+    index.add(rows[1:2], lambda _i: None, lambda _paths: None)
+    placed: list[str] = []
+    unlinked: list[str] = []
+
+    def raises(db: sqlite3.Connection, outcome: list[S4Error | None]) -> None:
+        assert [type(error) for error in outcome] == [type(None), type(None), ConflictError, type(None)]
+        db.execute("INSERT INTO nowhere VALUES (1)")
+
+    with pytest.raises(S4Error, match="nowhere"):
+        index.add(rows, lambda i: placed.append(rows[i].path), unlinked.extend, raises)
+    assert placed == ["b/0", "b/kept", "b/1"] and unlinked == ["b/0", "b/1"]
+    assert _listed(index, "") == ["b/kept"]
+
+
 def _plans(db: sqlite3.Connection, statements: list[str]) -> list[str]:
     """How SQLite runs each statement that touches keys, a line a step."""
     return [

@@ -13,7 +13,7 @@ from typing import Any
 
 import procs
 import pytest
-from cluster import Cluster, Node
+from cluster import Answer, Cluster, Node
 from procs import eventually
 
 KEYS = 200
@@ -51,6 +51,24 @@ def _running_on(node: Node, text: str) -> list[procs.Process]:
 
 def _runs(node: Node, text: str, count: int) -> bool:
     return len(_running_on(node, text)) >= count
+
+
+def _mark(cluster: Cluster) -> str:
+    """The beginning of a command that leaves a file for each task that has begun."""
+    marks = cluster.work / "begun"
+    marks.mkdir(exist_ok=True)
+    return f"touch {marks}/$filename; "
+
+
+def _begun(cluster: Cluster, nodes: int) -> bool:
+    """Whether a command with such a mark has begun on so many nodes, for keys with numbers as NAMEs."""
+    owners = {str(cluster.owner(path.name)) for path in (cluster.work / "begun").iterdir()}
+    return len(owners) >= nodes
+
+
+def _is_followed(node: Node, job: str) -> bool:
+    """Whether a client has heard from a node how far a job is: it asks again."""
+    return node.log.count(f" GET /job?job={job}&") >= 2
 
 
 def _is_tidy(node: Node) -> bool:
@@ -126,11 +144,12 @@ def test_a_node_that_is_stopped_in_a_job_is_told_as_lost(three: Cluster, keep_go
     _put(three, "s4://b/in/", 30)
     hold = three.work / "hold"
     hold.touch()
-    command = f"while [ -e {hold} ]; do sleep 0.02; done; cat"
+    command = f"{_mark(three)}while [ -e {hold} ]; do sleep 0.02; done; cat"
     options = ["--keep-going"] if keep_going else []
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, *options)
-    eventually(lambda: all(_running_on(node, "sleep\x000.02") for node in three.nodes), 20)
+    eventually(lambda: _begun(three, 3), 20)
     job = _job_of(client, three)
+    eventually(lambda: _is_followed(three.nodes[1], job), 20)
     three.nodes[1].terminate()
     assert client.stderr is not None
     said = b""
@@ -173,8 +192,11 @@ def test_the_end_of_an_eval_that_cannot_be_recorded_is_recorded_later(three: Clu
     node = three.owner("s4://b/000")
     hold = three.work / "hold"
     hold.touch()
-    client = three.start_s4("eval", "s4://b/000", f"while [ -e {hold} ]; do sleep 0.02; done; cat")
-    eventually(lambda: _running_on(node, "sleep\x000.02"), 20)
+    command = f"{_mark(three)}while [ -e {hold} ]; do sleep 0.02; done; cat"
+    client = three.start_s4("eval", "s4://b/000", command)
+    eventually(lambda: _begun(three, 1), 20)
+    # Until its command has ended nothing more of it is to be recorded.
+    eventually(lambda: node.rows("select listed from jobs where kind = 'eval'") == [(1,)], 10)
     _rename_table(node, "jobs", "gone")
     hold.unlink()
     assert client.communicate(timeout=20) == (b"data", b"") and client.returncode == 0
@@ -232,11 +254,12 @@ def test_the_time_limit_of_a_task_is_not_one_for_sending_what_it_made(
 def test_a_stream_of_evals_does_not_keep_a_job_waiting(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, ["--max-cpu-jobs", "2"])
     cluster.put_all({f"s4://b/in/{i}": b"x" for i in range(3)})
-    stop = cluster.work / "stop"
-    loop = f"while [ ! -e {stop} ]; do s4 eval s4://b/in/0 'sleep 0.2'; done"
+    stop, log = cluster.work / "stop", cluster.work / "log"
+    log.touch()
+    loop = f"while [ ! -e {stop} ]; do s4 eval s4://b/in/0 'echo >> {log}; sleep 0.2'; done"
     loops = [subprocess.Popen(["bash", "-c", loop], env=cluster.env) for _ in range(6)]
     try:
-        eventually(lambda: len(_running_on(cluster.nodes[0], "sleep\x000.2")) == 2, 10)
+        eventually(lambda: log.stat().st_size > 6, 20, "one loop at least is in its second eval")
         cluster.s4("map", "s4://b/in/", "s4://b/out/", "cat", timeout=10)
     finally:
         stop.touch()
@@ -390,6 +413,50 @@ def test_small_jobs_do_not_wait_behind_large_ones(three: Cluster) -> None:
     three.s4("cancel", job)
 
 
+def test_more_jobs_than_may_run_are_told_to_come_back(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.jobs; s4.jobs.MAX_RUNNING = 2")
+    cluster.put("s4://b/in/000", b"x")
+
+    def post(job: str, path: str = "/map", command: str = "sleep 7200.8", **more: object) -> Answer:
+        body = {"job": job, "cmd": command, "indir": "s4://b/in/", "outdir": f"s4://b/{job}/", **more}
+        return node.post_json(path, body)
+
+    assert post("failed", command="false").status == 400
+    assert [post(job, detach=True).status for job in ("one", "two", "two")] == [200] * 3
+    for refused in (
+        post("three", detach=True),
+        post("failed", "/retry", "false", kind="map", run=2),
+        post("three", "/retry", kind="map", run=2),
+    ):
+        assert refused.status == 429 and "2 jobs are running" in refused.text, refused
+        assert int(refused.headers["Retry-After"]) >= 1
+    assert [job["id"] for job in node.get("/jobs", state="running").json()] == ["one", "two"]
+    assert node.post("/cancel", job="one").status == 200
+    assert post("three", detach=True).status == 200
+    for job in ("two", "three"):
+        assert node.post("/cancel", job=job).status == 200
+
+
+def test_what_a_batch_of_outputs_finishes_is_recorded_at_once(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2, start=False)
+    node, other = cluster.nodes
+    node.start(first="import s4.shares; s4.shares.RECORD_SECONDS = 60")
+    other.start()
+    cluster.put_all({"s4://b/in/000": b"x", "s4://b/in/002": b"x"})
+    command = "[ $filename = 000 ] || sleep 7200.9; echo x > 001; echo 001"
+    body = {"job": "job", "cmd": command, "indir": "s4://b/in/", "outdir": "s4://b/out/", "detach": True}
+    assert node.post_json("/map_to_n", body).status == 200
+    done = "select input from tasks where state = 'done'"
+    eventually(lambda: node.rows(done) == [("b/in/000",)], 20, "it is recorded, while the other runs")
+    node.kill()
+    node.start()
+    assert node.rows(done) == [("b/in/000",)]
+    assert other.fetch("s4://b/out/000/001") == b"x\n"
+    assert _state(node, "job")["state"] == "interrupted"
+
+
 def test_retries_count_attempts_and_stop_at_the_limit(three: Cluster) -> None:
     _put(three, "s4://b/in/", 3)
     (three.work / "tries").mkdir()
@@ -408,14 +475,16 @@ def test_a_shuffle_keeps_going_without_a_node_also_if_it_may_try_again(three: Cl
     _put(three, "s4://b/in/", 21)
     go = three.work / "go"
     command = f"""
-        echo "$S4_ATTEMPT" >> {three.work}/tries.$filename
+        {_mark(three)}echo "$S4_ATTEMPT" >> {three.work}/tries.$filename
         while [ ! -e {go} ]; do sleep 0.01; done
         for name in 000 001 002; do
             [ "$filename" -lt 12 ] && [ $name = 002 ] || {{ echo > $name; echo $name; }}
         done"""
     options = ("--keep-going", "--retries", "1", "--json")
     client = three.start_s4("map-to-n", "s4://b/in/", "s4://b/out/", command, *options)
-    eventually(lambda: all(_running_on(node, "sleep") for node in three.nodes), 10)
+    eventually(lambda: _begun(three, 3), 20)
+    job = _job_of(client, three)
+    eventually(lambda: all(_is_followed(node, job) for node in three.nodes), 20)
     three.nodes[2].kill()
     go.touch()
     out, err = client.communicate(timeout=60)
@@ -430,7 +499,7 @@ def test_a_shuffle_keeps_going_without_a_node_also_if_it_may_try_again(three: Cl
             assert (three.work / f"tries.{i:03}").read_text() == "1\n"
     assert err.decode().count("not tried again, for its outputs cannot be removed") == 6
     three.nodes[2].start()
-    three.s4("retry", json.loads(out)["job"], timeout=60)
+    three.s4("retry", job, timeout=60)
     assert len(three.keys("s4://b/out/")) == 12 * 2 + 9 * 3
 
 

@@ -32,7 +32,7 @@ from s4.errors import (
     TransferError,
     WorkerDiedError,
 )
-from s4.workers import Kind, Pool, Ticket, processes
+from s4.workers import Kind, Pool, Ticket, pool, processes
 from s4.workers.tasks import Command, Push, Ran, Receive, Received, Send, StoredFile
 
 COMPUTE_SLOTS = 2
@@ -51,8 +51,11 @@ class Bench:
         for name in ("run", "dirs", "files"):
             (folder / name).mkdir()
         (folder / "empty").touch()
-        limits = {Kind.COMPUTE: COMPUTE_SLOTS, Kind.SEND: 1, Kind.RECEIVE: 1}
-        self.pool = Pool(limits, str(folder / "run"))
+        self.start(COMPUTE_SLOTS)
+
+    def start(self, slots: int) -> None:
+        limits = {Kind.COMPUTE: slots, Kind.SEND: 1, Kind.RECEIVE: 1}
+        self.pool = Pool(limits, str(self.folder / "run"))
 
     def command(
         self,
@@ -298,6 +301,23 @@ def test_idle_workers_that_die_are_replaced_at_once(bench: Bench) -> None:
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: len(bench.workers() - before) == 2, 3, "two new workers")
+    assert output(bench.run("echo fine")) == b"fine\n"
+
+
+@in_a_process_alone
+def test_after_a_burst_only_the_spare_workers_are_left(bench: Bench) -> None:
+    bench.pool.stop()
+    pool.IDLE_SECONDS = 0.2  # which a pool reads when it starts
+    bench.start(6)
+    marks = bench.folder / "marks"
+    marks.mkdir()
+    together = f"touch {marks}/$BASHPID; until [ $(ls {marks} | wc -l) = 6 ]; do sleep 0.01; done"
+    burst = [bench.command(together) for _ in range(6)]
+    assert [ran(ticket).exitcode for ticket in burst] == [0] * 6
+    served = {ticket.pid for ticket in burst}
+    assert len(served) == 6
+    eventually(lambda: len(bench.workers()) == pool.SPARE_WORKERS, 10, "the others go")
+    assert bench.workers() < served
     assert output(bench.run("echo fine")) == b"fine\n"
 
 

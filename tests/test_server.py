@@ -172,7 +172,7 @@ def test_a_node_that_is_stopped_while_it_starts_stops(alone: Cluster) -> None:
     (node,) = alone.nodes
     node.launch()
     eventually(lambda: (node.data / "_index" / "node.db").exists(), 20)
-    node.terminate()
+    assert node.terminate() == 0
     eventually(lambda: not procs.touching(node.folder), 5)
     node.start()
 
