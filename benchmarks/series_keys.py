@@ -68,7 +68,7 @@ def run(scale: str, folder: Path) -> Result:
 def _fill(node_db: Path, begin: int, end: int) -> None:
     """Rows without files, a folder at a time, the folders in random order as they would come in life."""
     database = Database(str(node_db))  # makes it, at first
-    index = KeyIndex(database)
+    index = KeyIndex(database, lambda _paths: None)
     now = int(time.time())
     for number in range(begin // FOLDER_KEYS, end // FOLDER_KEYS):
         folder = f"keys/{_scattered(f'filled {number}')}"

@@ -46,6 +46,7 @@ _DIGITS = frozenset("0123456789")
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~")
 
+# The way back of STATUSES in api.py.
 ERROR_OF_STATUS: dict[int, type[S4Error]] = {
     400: BadRequestError,
     404: MissingError,

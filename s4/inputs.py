@@ -7,7 +7,7 @@ from typing import NamedTuple
 from s4.config import Conf
 from s4.index import JobIndex, JobRow, KeyIndex, Maker
 from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of
-from s4.remains import Remains
+from s4.outputs import Outputs
 from s4.states import DONE, MAP, MAP_FROM_N, MAP_TO_N, RUNNING
 
 
@@ -35,7 +35,7 @@ class Inputs:
         self._keys = keys
         self._jobs = jobs
         self._groups: dict[str, Group] | None = None
-        self.outputs = Remains(conf, position, keys, self._target)
+        self.outputs = Outputs(conf, position, keys, self._target)
         self._makers: dict[str, set[Maker]] | None = None
 
     def all(self) -> Iterator[Input]:
@@ -92,7 +92,7 @@ class Inputs:
             return DONE in states or RUNNING in states
         return any(origin is None for _maker, origin, _state in made)
 
-    def remains(self, path: str) -> list[Maker]:
+    def half_made(self, path: str) -> list[Maker]:
         """The tasks that made some of the outputs for an input of a shuffle, and did not end well."""
         made = self._made_from(path)
         return [maker for maker, origin, state in made if origin == path and state not in (DONE, RUNNING)]

@@ -15,6 +15,7 @@ from s4.index.schema import schema
 from s4.jobs import row_of
 from s4.keys import url
 from s4.node import Node
+from s4.outputs import REMOVED_AT_ONCE
 from s4.parameters import (
     answer_json,
     checked_command,
@@ -33,7 +34,6 @@ from s4.parameters import (
     whole_number,
     whole_of,
 )
-from s4.remains import REMOVED_AT_ONCE
 from s4.states import EVAL, MAP, MAP_FROM_N, MAP_TO_N, RUNNING, TASK_STATES
 
 DEFAULT_ROWS = 100_000  # of an SQL query

@@ -71,7 +71,7 @@ class Node:
         self.limits = limits
         self.storage = Storage(data)
         self.database = Database(self.storage.index_path)
-        self.keys = KeyIndex(self.database)
+        self.keys = KeyIndex(self.database, self.storage.unlink)
         self.underway = Underway(self.database)
         self.job_index = JobIndex(self.database)
         recover(self.storage, self.database)
@@ -139,9 +139,9 @@ class Node:
             if not path:
                 raise BadRequestError("name at least a bucket: rm -r s4://BUCKET/")
             with self.removals.waiting():
-                self.keys.remove_prefix(path, self.storage.unlink)
+                self.keys.remove_prefix(path)
         else:
-            self.keys.remove(self.own_key(prefix), self.storage.unlink)
+            self.keys.remove(self.own_key(prefix))
 
     def makers(self, folder: str) -> set[Maker]:
         """All that made keys here in folders of `folder`. Raises BadRequestError, BusyError."""
@@ -153,7 +153,7 @@ class Node:
         for maker in makers:
             parse_folder(f"{folder}{maker.folder}/")
         with self.removals.waiting():
-            self.keys.remove_made(parse_folder(folder), makers, self.storage.unlink)
+            self.keys.remove_made(parse_folder(folder), makers)
 
     def submit(self, job: JobRow, *, no_overlap: bool = False) -> ShareRow:
         """Start this node's share of a job and return at once how far it is. Raises S4Error."""

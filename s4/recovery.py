@@ -16,7 +16,7 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
     `adopting`: the index is in doubt, and files without a row, which are whole, are to become keys; then only
     those go that were being removed.
     """
-    keys, underway, jobs = KeyIndex(database), Underway(database), JobIndex(database)
+    keys, underway, jobs = KeyIndex(database, storage.unlink), Underway(database), JobIndex(database)
     storage.empty_temporary()
     paths, prefixes = underway.left_by_crash()
     if adopting:

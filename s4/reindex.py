@@ -30,7 +30,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
         raise S4Error(f"data folder {data} does not exist: name that of the node with --data")
     storage = Storage(data)
     database = _open(storage.index_path)
-    keys = KeyIndex(database)
+    keys = KeyIndex(database, storage.unlink)
     recover(storage, database, adopting=True)
     cpus = len(os.sched_getaffinity(0))
     pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)

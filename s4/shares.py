@@ -209,7 +209,7 @@ class Share:
         """Record a waiting task for each input."""
         servers = len(self._services.conf.servers)
         found: list[NewTask] = []
-        remains: list[Maker] = []
+        half_made: list[Maker] = []
         for number, (path, keys, size) in enumerate(self._inputs.all()):
             skip = self.job.skip_existing and self._inputs.exists(path)
             state = SKIPPED if skip else WAITING
@@ -217,12 +217,12 @@ class Share:
             self._counts.tasks += 1
             self._counts.skipped += skip
             if self.job.skip_existing and self.job.kind == MAP_TO_N and not skip:
-                remains += self._inputs.remains(path)
+                half_made += self._inputs.half_made(path)
             if len(found) == STEP:
                 self._services.jobs.add_tasks(self.job.id, found)
                 found = []
                 self._check_cancelled()
-        self._inputs.outputs.remove(remains, self._services.storage.unlink)
+        self._inputs.outputs.remove(half_made)
         self._services.jobs.add_tasks(self.job.id, found)
         self._services.jobs.listed(self.job.id, self._counts)
         self._listed = True
@@ -233,7 +233,7 @@ class Share:
         last = -1
         while waiting := self._services.jobs.waiting(self.job.id, last, READ_TASKS):
             makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
-            self._inputs.outputs.remove(makers, self._services.storage.unlink)
+            self._inputs.outputs.remove(makers)
             last = waiting[-1][0].task
             self._check_cancelled()
 
@@ -518,7 +518,7 @@ class Share:
             try:
                 if self.job.kind == MAP_TO_N and attempt.outputs:
                     made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
-                    self._inputs.outputs.remove([made], self._services.storage.unlink)
+                    self._inputs.outputs.remove([made])
             except S4Error as e:  # such as of a node that is down
                 assert attempt.failure is not None
                 problem = f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {e}"

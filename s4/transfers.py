@@ -254,9 +254,7 @@ class Transfers:
     def _publish_together(self, files: Sequence[Finished], also: Also) -> list[S4Error | None]:
         keys = [NewKey(path, file.size, file.checksum, job, task) for path, file, job, task in files]
         with self._storage.placing() as place:
-            return self._keys.add(
-                keys, lambda i: place(files[i].file.file, files[i].path), self._storage.unlink, also
-            )
+            return self._keys.add(keys, lambda i: place(files[i].file.file, files[i].path), also)
 
     def prepare_get(
         self, paths: Sequence[str], peer: str, port: int | None = None, *, confirmed: bool

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -49,10 +49,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     opened.close()
 
 
-def _fill(database: Database, paths: set[str] | list[str], size: int = 1) -> KeyIndex:
+def _fill(
+    database: Database, paths: set[str] | list[str], size: int = 1, unlinked: list[str] | None = None
+) -> KeyIndex:
+    """An index of these keys; what it unlinks is noted in `unlinked`."""
     with database.write() as db:
         db.execute("DELETE FROM keys")
-    index = KeyIndex(database)
+    index = KeyIndex(database, ([] if unlinked is None else unlinked).extend)
     index.restore([KeyRow(path, size, "0", 0) for path in paths])
     return index
 
@@ -195,13 +198,13 @@ def test_removing_a_prefix_removes_exactly_what_starts_with_it(
     kept: Database, paths: set[str], data: st.DataObject
 ) -> None:
     paths = _possible(paths)
-    index = _fill(kept, paths)
+    unlinked: list[str] = []
+    index = _fill(kept, paths, unlinked=unlinked)
     own = st.builds(_beginning, st.sampled_from(sorted(paths)), st.integers(1, 20)) if paths else _PATHS
     prefix = data.draw(own)
-    unlinked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_keys, "REMOVE_CHUNK", 3)
-        index.remove_prefix(prefix, unlinked.extend)
+        index.remove_prefix(prefix)
     gone = _starts(paths, prefix)
     assert sorted(unlinked) == gone
     assert _listed(index, "") == sorted(paths - set(gone))
@@ -221,10 +224,10 @@ def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[t
     for what, path, size in changes:
         match what:
             case "add":
-                index.add([NewKey(path, size, "0")], lambda _i: None, lambda _path: None)
+                index.add([NewKey(path, size, "0")], lambda _i: None)
             case "remove":
                 try:
-                    index.remove(path, lambda _path: None)
+                    index.remove(path)
                 except MissingError:
                     pass
             case "restore":
@@ -243,55 +246,55 @@ def test_the_sums_of_buckets_follow_every_change(kept: Database, changes: list[t
 
 
 def test_of_one_key_only_the_first_is_added(database: Database) -> None:
-    index = KeyIndex(database)
+    index = KeyIndex(database, list[str]().extend)
     placed: list[int] = []
     given = [("b/x", 1, "a"), ("b/x", 2, "b"), ("b/x/y", 3, "c"), ("b", 4, "d"), ("b/z", 5, "e")]
     rows = [NewKey(*key) for key in given]
-    outcome = index.add(rows, placed.append, lambda _path: None)
+    outcome = index.add(rows, placed.append)
     assert [type(error) for error in outcome[:3]] == [type(None), ConflictError, ConflictError]
     assert index.get("b/x").size == 1 and index.get("b/z").size == 5
     assert 1 not in placed and 2 not in placed
 
 
 def test_a_key_whose_bytes_cannot_be_placed_is_not_there(database: Database) -> None:
-    index = KeyIndex(database)
+    index = KeyIndex(database, list[str]().extend)
 
     def place(i: int) -> None:
         if i == 1:
             raise S4Error("no")
 
-    outcome = index.add([NewKey(f"b/{i}", 1, "a") for i in range(3)], place, lambda _path: None)
+    outcome = index.add([NewKey(f"b/{i}", 1, "a") for i in range(3)], place)
     assert [str(error) for error in outcome] == ["None", "no", "None"]
     assert _listed(index, "") == ["b/0", "b/2"]
 
 
 def test_an_unexpected_failure_in_the_middle_adds_nothing(database: Database) -> None:
-    index = KeyIndex(database)
+    index = KeyIndex(database, list[str]().extend)
 
     def place(_i: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        index.add([NewKey("b/0", 1, "a")], place, lambda _path: None)
+        index.add([NewKey("b/0", 1, "a")], place)
     assert _listed(index, "") == []
-    index.add([NewKey("b/0", 1, "a")], lambda _i: None, lambda _path: None)
+    index.add([NewKey("b/0", 1, "a")], lambda _i: None)
     assert _listed(index, "") == ["b/0"]
 
 
 def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:
     """But not the key with the same bytes of an earlier attempt, nor what was refused."""
-    index = KeyIndex(database)
-    rows = [NewKey(path, 1, "a", "job", i) for i, path in enumerate(("b/0", "b/kept", "b/kept/x", "b/1"))]
-    index.add(rows[1:2], lambda _i: None, lambda _paths: None)
-    placed: list[str] = []
     unlinked: list[str] = []
+    index = KeyIndex(database, unlinked.extend)
+    rows = [NewKey(path, 1, "a", "job", i) for i, path in enumerate(("b/0", "b/kept", "b/kept/x", "b/1"))]
+    index.add(rows[1:2], lambda _i: None)
+    placed: list[str] = []
 
     def raises(db: sqlite3.Connection, outcome: list[S4Error | None]) -> None:
         assert [type(error) for error in outcome] == [type(None), type(None), ConflictError, type(None)]
         db.execute("INSERT INTO nowhere VALUES (1)")
 
     with pytest.raises(S4Error, match="nowhere"):
-        index.add(rows, lambda i: placed.append(rows[i].path), unlinked.extend, raises)
+        index.add(rows, lambda i: placed.append(rows[i].path), raises)
     assert placed == ["b/0", "b/kept", "b/1"] and unlinked == ["b/0", "b/1"]
     assert _listed(index, "") == ["b/kept"]
 
@@ -329,9 +332,9 @@ def test_writing_always_searches_by_the_primary_key(database: Database) -> None:
     statements = list[str]()
     with database.write() as db:
         db.set_trace_callback(statements.append)
-    index.add([NewKey("b/new/x", 1, "0")], lambda _i: None, lambda _path: None)
-    index.remove("b/new/x", lambda _path: None)
-    index.remove_prefix("b/2", lambda _path: None)
+    index.add([NewKey("b/new/x", 1, "0")], lambda _i: None)
+    index.remove("b/new/x")
+    index.remove_prefix("b/2")
     index.forget(["b/1/1"])
     with database.write() as db:
         db.set_trace_callback(None)
@@ -366,7 +369,8 @@ def test_a_folder_listing_costs_what_it_shows_and_not_what_lies_below(database: 
 
 def test_a_removal_costs_what_it_removes(database: Database) -> None:
     def steps(keys: int) -> int:
-        index = _fill(database, [f"b/{i:06}" for i in range(keys)])
+        gone: list[str] = []
+        index = _fill(database, [f"b/{i:06}" for i in range(keys)], unlinked=gone)
         hundreds = 0
 
         def count() -> int:
@@ -376,8 +380,7 @@ def test_a_removal_costs_what_it_removes(database: Database) -> None:
 
         with database.write() as db:
             db.set_progress_handler(count, 100)
-        gone: list[str] = []
-        index.remove_prefix("b/", gone.extend)
+        index.remove_prefix("b/")
         assert len(gone) == keys
         with database.write() as db:
             db.set_progress_handler(None, 100)
@@ -391,7 +394,7 @@ def test_listings_hold_no_transaction_between_chunks(database: Database) -> None
     chunks = index.list_keys("b/")
     next(chunks)
     assert not _reader(database).in_transaction
-    index.remove("b/04999", lambda _path: None)
+    index.remove("b/04999")
     assert [row.path for chunk in chunks for row in chunk][-1] == "b/04998"
 
 
@@ -426,13 +429,13 @@ def test_what_ran_when_the_node_stopped_is_lost_and_the_rest_never_began(databas
 
 
 def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
-    index = KeyIndex(database)
     placed: list[int] = []
     removed: list[str] = []
+    index = KeyIndex(database, removed.extend)
 
     def add(*keys: NewKey) -> list[str]:
         placed.clear()
-        return [type(e).__name__ for e in index.add(keys, placed.append, removed.extend)]
+        return [type(e).__name__ for e in index.add(keys, placed.append)]
 
     assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"]
     assert add(NewKey("b/x", 1, "a", "j", 7)) == ["NoneType"] and (placed, removed) == ([0], [])
@@ -454,26 +457,26 @@ def test_a_task_replaces_only_what_it_made_itself(database: Database) -> None:
 def test_what_somebody_removes_while_it_is_replaced_is_made_anew(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = KeyIndex(database)
+    index = KeyIndex(database, list[str]().extend)
     rows = [NewKey(f"b/{i}", 1, "a", "j", i) for i in range(2)]
-    index.add(rows, lambda _i: None, lambda _paths: None)
+    index.add(rows, lambda _i: None)
     remove = index.remove
 
-    def remove_both(path: str, unlink: Callable[[Sequence[str]], None]) -> None:
-        remove(path, unlink)
+    def remove_both(path: str) -> None:
+        remove(path)
         if path == "b/0":
-            remove("b/1", unlink)
+            remove("b/1")
 
     monkeypatch.setattr(index, "remove", remove_both)
     again = [row._replace(checksum="b") for row in rows]
-    assert index.add(again, lambda _i: None, lambda _paths: None) == [None, None]
+    assert index.add(again, lambda _i: None) == [None, None]
     assert [index.get(row.path).checksum for row in rows] == ["b", "b"]
 
 
 def test_what_stands_in_the_way_is_told_for_each_key_by_itself(database: Database) -> None:
-    index = KeyIndex(database)
+    index = KeyIndex(database, list[str]().extend)
     made = ["b/key", "b/folder/sub/key", "b/free-", "b/free0"]  # '/' stands between '-' and '0'
-    index.add([NewKey(path, 1, "a", "j", 7) for path in made], lambda _i: None, lambda _paths: None)
+    index.add([NewKey(path, 1, "a", "j", 7) for path in made], lambda _i: None)
     expected = {
         ("b/key", 7): None,
         ("b/key", 8): "exists already",
@@ -531,7 +534,7 @@ def test_a_query_that_does_more_or_is_wrong_is_refused(database: Database, sql: 
     _fill(database, {"b/000"})
     with pytest.raises(BadRequestError):
         _queried(database, sql)
-    assert _listed(KeyIndex(database), "") == ["b/000"]
+    assert _listed(KeyIndex(database, list[str]().extend), "") == ["b/000"]
     assert os.listdir(os.path.dirname(database.path)).count("copy.db") == 0
 
 
@@ -567,7 +570,8 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
 
 
 def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
-    keys, jobs = KeyIndex(database), JobIndex(database)
+    gone: list[str] = []
+    keys, jobs = KeyIndex(database, gone.extend), JobIndex(database)
     made = {"x/0": ("one", 0), "x/1": ("one", 0), "x/y/2": ("two", 0), "z/0": ("one", 1)}
     rows = [NewKey(f"b/out/{path}", 1, "0", job, task) for path, (job, task) in made.items()]
     rows += [
@@ -575,11 +579,10 @@ def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
         NewKey("b/out/put/0", 1, "0"),
         NewKey("b/outer/x/0", 1, "0", "one", 0),
     ]
-    assert keys.add(rows, lambda _i: None, lambda _paths: None) == [None] * len(rows)
+    assert keys.add(rows, lambda _i: None) == [None] * len(rows)
     assert keys.makers("b/out/") == {("x", "one", 0), ("x", "two", 0), ("z", "one", 1), ("put", None, None)}
-    gone: list[str] = []
     doomed = [Maker("x", "one", 0), Maker("z", "two", 1), Maker("nothing", "one", 1)]
-    keys.remove_made("b/out/", doomed, gone.extend)
+    keys.remove_made("b/out/", doomed)
     assert gone == ["b/out/x/0", "b/out/x/1"]
     assert keys.makers("b/out/") == {("x", "two", 0), ("z", "one", 1), ("put", None, None)}
     jobs.begin(JobRow("one", "map-to-n", "s4://b/in/", "s4://b/out/", "c"))

@@ -171,7 +171,8 @@ def test_what_a_command_does_to_the_files_of_its_worker_costs_only_itself(
     key = f"{bucket}/in/000"
     one_slot.put(key, b"data")
     place = [key] if kind == "eval" else [f"{bucket}/in/", f"{bucket}/out/"]
-    one_slot.run(kind, *place, TAMPERING[what], env={"S4_TIMEOUT": "1"}, timeout=20)
+    command = f"echo before >&2; {TAMPERING[what]}"
+    one_slot.run(kind, *place, command, env={"S4_TIMEOUT": "1"}, timeout=20)
     for i in range(6):  # whichever worker it is
         result = one_slot.s4("eval", key, "cat; ls -A; echo noise >&2")
         assert (result.out, result.err) == (b"data", "noise\n")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import procs
 import pytest
@@ -510,3 +511,25 @@ def test_what_a_sender_drops_does_not_leave(bench: Bench) -> None:
             ticket.result(30)
         box.arrived(ticket, "here")
     assert box.empty
+
+
+@in_a_process_alone
+def test_nothing_is_sent_to_a_worker_whose_pipe_is_closed(bench: Bench) -> None:
+    """Its descriptor may be that of another file by then, such as node.db."""
+    assert bench.run("true").exitcode == 0
+    workers: Any = bench.pool
+    idle = eventually(lambda: list(workers._idle), 10)
+    reached: list[bool] = []
+    for worker in idle:
+        close = worker.connection.close
+
+        def closing(worker: Any = worker, close: Callable[[], None] = close) -> None:
+            reached.append(worker in workers._idle or worker.pid in workers._workers)
+            close()
+
+        worker.connection.close = closing
+    for worker in idle:
+        procs.kill(worker.pid)
+    eventually(lambda: len(reached) == len(idle), 10)
+    assert not any(reached)
+    assert bench.run("true").exitcode == 0

@@ -244,11 +244,11 @@ def _transactions(database: Database, action: Callable[[], object]) -> int:
 
 def test_a_batch_is_one_transaction(folder: Path) -> None:
     database = Database(str(folder / "node.db"))
-    keys, jobs = KeyIndex(database), JobIndex(database)
+    keys, jobs = KeyIndex(database, list[str]().extend), JobIndex(database)
     batch = [NewKey(f"b/{i}", 1, "0", "job", i) for i in range(200)]
-    assert _transactions(database, lambda: keys.add(batch, lambda _i: None, lambda _path: None)) == 1
+    assert _transactions(database, lambda: keys.add(batch, lambda _i: None)) == 1
     # Rows, then files; and a look that finds nothing more.
-    assert _transactions(database, lambda: keys.remove_prefix("b/", lambda _path: None)) == 3
+    assert _transactions(database, lambda: keys.remove_prefix("b/")) == 3
     jobs.begin(JobRow("job", "map", "s4://b/", "s4://c/", "cat"))
     tasks = [NewTask(i, f"b/{i}", 1, 1) for i in range(1000)]
     assert _transactions(database, lambda: jobs.add_tasks("job", tasks)) == 1
@@ -258,7 +258,7 @@ def test_a_batch_is_one_transaction(folder: Path) -> None:
 
 def test_a_batch_is_looked_up_in_a_few_statements(folder: Path) -> None:
     database = Database(str(folder / "node.db"))
-    keys = KeyIndex(database)
+    keys = KeyIndex(database, list[str]().extend)
     counts = set()
     for size in (1, 200):
         paths = [f"b/{size}/{i // 10}/{i}" for i in range(size)]
@@ -269,7 +269,7 @@ def test_a_batch_is_looked_up_in_a_few_statements(folder: Path) -> None:
         keys.conflicts([(path, 7) for path in paths], "j")
         keys.get_all(paths)
         batch = [NewKey(path, 1, "0", "j", 7) for path in paths]
-        keys.add(batch, lambda _i: None, lambda _paths: None)
+        keys.add(batch, lambda _i: None)
         counts.add(sum(1 for sql in statements if sql.split()[0] == "SELECT"))
     assert len(counts) == 1 and counts.pop() < 10
     database.close()

@@ -73,10 +73,12 @@ class Maker(NamedTuple):
 
 
 class KeyIndex:
-    """The keys of this node."""
+    """The keys of this node. `unlink(paths)` removes the files of keys; it runs after the commit that removes
+    their rows, but not for a path that has a row again."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, unlink: Callable[[Sequence[str]], None]) -> None:
         self._db = database
+        self._unlink = unlink
 
     def get(self, path: str) -> KeyRow:
         """The row of a key. Raises MissingError."""
@@ -105,7 +107,6 @@ class KeyIndex:
         self,
         rows: Sequence[NewKey],
         place: Callable[[int], None],
-        unlink: Callable[[Sequence[str]], None],
         also: Callable[[Transaction, list[S4Error | None]], None] = lambda _db, _outcome: None,
     ) -> list[S4Error | None]:
         """Create keys in one transaction: the commit point of s4.
@@ -114,11 +115,11 @@ class KeyIndex:
         the commit, and may raise S4Error to refuse. A key that an earlier attempt of the same task made is
         replaced; if its bytes are the same, it is there all the while. `also(db, outcome)` writes more into
         the same transaction. Returns per row None or why it was refused; refused rows leave nothing new.
-        Raises S4Error if nothing could be committed, after `unlink(paths)` of what was placed.
+        Raises S4Error if nothing could be committed; what was placed is removed then.
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
-        self._drop_earlier(rows, unlink)
+        self._drop_earlier(rows)
         try:
             with self._db.write() as db:
                 standing = _Standing(db, [row.path for row in rows])
@@ -135,7 +136,7 @@ class KeyIndex:
             placed = [row.path for row, refused in zip(rows, outcome, strict=False) if refused is None]
             with self._db.exclusive():
                 found = self.get_all(placed)
-                unlink([path for path, row in zip(placed, found, strict=True) if row is None])
+                self._unlink([path for path, row in zip(placed, found, strict=True) if row is None])
             raise
         return outcome
 
@@ -149,7 +150,7 @@ class KeyIndex:
             db.execute("DELETE FROM keys WHERE path = ?", (path,))
         return refused
 
-    def _drop_earlier(self, rows: Sequence[NewKey], unlink: Callable[[Sequence[str]], None]) -> None:
+    def _drop_earlier(self, rows: Sequence[NewKey]) -> None:
         """Remove what earlier attempts of the same tasks made, but for keys with the same bytes."""
         made = [row for row in rows if row.job is not None]
         for row, found in zip(made, self.get_all([row.path for row in made]), strict=True):
@@ -157,26 +158,20 @@ class KeyIndex:
                 continue
             if (found.size, found.checksum) != (row.size, row.checksum):
                 with contextlib.suppress(MissingError):  # somebody else has removed it meanwhile
-                    self.remove(row.path, unlink)
+                    self.remove(row.path)
 
-    def remove(self, path: str, unlink: Callable[[Sequence[str]], None]) -> None:
-        """Remove one key. Raises MissingError. `unlink([path])` runs after the commit."""
-        if not self._remove(path, "path = ?", (path,), unlink):
+    def remove(self, path: str) -> None:
+        """Remove one key. Raises MissingError."""
+        if not self._remove(path, "path = ?", (path,)):
             raise MissingError(f"no such key: {url(path)}")
 
-    def remove_prefix(self, prefix: str, unlink: Callable[[Sequence[str]], None]) -> None:
+    def remove_prefix(self, prefix: str) -> None:
         """Remove every key that starts with `prefix`. One without '/' is a bucket, meant whole."""
         start, end = bounds(prefix)
-        while self._remove(start, "path >= ? AND path < ?", (start, end), unlink) == REMOVE_CHUNK:
+        while self._remove(start, "path >= ? AND path < ?", (start, end)) == REMOVE_CHUNK:
             pass
 
-    def _remove(
-        self,
-        prefix: str,
-        which: str,
-        parameters: tuple[object, ...],
-        unlink: Callable[[Sequence[str]], None],
-    ) -> int:
+    def _remove(self, prefix: str, which: str, parameters: tuple[object, ...]) -> int:
         """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds; how many
         there were."""
         gone = self._db.making_room(lambda: self._remove_rows(prefix, which, parameters))
@@ -184,7 +179,7 @@ class KeyIndex:
             return 0
         # A file goes only while no row stands for it: a put of the same key may have come in between.
         with self._db.write() as db:
-            unlink([path for (path,) in db.execute(_GONE, (json.dumps(gone),))])
+            self._unlink([path for (path,) in db.execute(_GONE, (json.dumps(gone),))])
             db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
         return len(gone)
 
@@ -215,10 +210,8 @@ class KeyIndex:
                 return found
             start = rows[-1][0] + " "  # as in list_keys
 
-    def remove_made(
-        self, folder: str, makers: Sequence[Maker], unlink: Callable[[Sequence[str]], None]
-    ) -> None:
-        """Remove the keys that tasks made, as `makers` tells them. `unlink(paths)` as in `remove`."""
+    def remove_made(self, folder: str, makers: Sequence[Maker]) -> None:
+        """Remove the keys that tasks made, as `makers` tells them."""
         which = "path >= ? AND path < ? AND job = ? AND task = ?"
         for name, job, task in makers:
             prefix = f"{folder}{name}/"
@@ -227,7 +220,7 @@ class KeyIndex:
                 found = db.execute(f"SELECT 1 FROM keys WHERE {which} LIMIT 1", parameters).fetchone()
             there = found is not None
             while there:
-                there = self._remove(prefix, which, parameters, unlink) == REMOVE_CHUNK
+                there = self._remove(prefix, which, parameters) == REMOVE_CHUNK
 
     def list_keys(self, prefix: str) -> Iterator[list[ListRow]]:
         """Every key that starts with `prefix`, in chunks."""

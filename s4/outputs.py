@@ -1,4 +1,4 @@
-"""What shuffles left in a folder on all nodes: which tasks made it, and how it is removed.
+"""The outputs of shuffles in a folder, on all nodes: which tasks made them, and how they are removed.
 
 The outputs of a task of map-to-n lie on other nodes than its record. A node that runs such a task again asks
 them all what there is of it, and has them remove what an earlier attempt made.
@@ -6,7 +6,7 @@ them all what there is of it, and has them remove what an earlier attempt made.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from s4.config import Conf
 from s4.errors import NodeError, NonsenseError, StoppingError
@@ -18,7 +18,7 @@ REMOVED_AT_ONCE = 1000  # tasks whose outputs one request removes
 _SECONDS = 60.0  # for the answer of another node
 
 
-class Remains:
+class Outputs:
     """The keys below `outdir`, a path that ends in '/', as the node at `position` sees the cluster."""
 
     def __init__(self, conf: Conf, position: int, keys: KeyIndex, outdir: str) -> None:
@@ -44,13 +44,13 @@ class Remains:
         except (ValueError, TypeError):
             raise NonsenseError(str(self._conf.servers[position])) from None
 
-    def remove(self, makers: Sequence[Maker], unlink: Callable[[Sequence[str]], None]) -> None:
-        """Remove what these tasks made, on all nodes; `unlink` as in KeyIndex.remove. Raises S4Error."""
+    def remove(self, makers: Sequence[Maker]) -> None:
+        """Remove what these tasks made, on all nodes. Raises S4Error."""
         for start in range(0, len(makers), REMOVED_AT_ONCE):
             some = makers[start : start + REMOVED_AT_ONCE]
             for position in range(len(self._conf.servers)):
                 if position == self._position:
-                    self._keys.remove_made(self._outdir, some, unlink)
+                    self._keys.remove_made(self._outdir, some)
                     continue
                 self._ask(position, "POST", "/remove_outputs", json.dumps(some).encode())
 
