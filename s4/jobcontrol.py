@@ -274,21 +274,23 @@ def cancel(client: Client, prefix: str) -> tuple[JobSummary, bool]:
     """
     # Others wait to be told while a node is silent.
     found = find(client, prefix, CANCEL_SILENCE_SECONDS)
-    over = found.summary().state != RUNNING and not found.down
-    if not over:
+    ran = found.summary().state == RUNNING
+    untold = {server: error for server, error in found.down.items() if server in found.shares}
+    if ran or untold:
         answers = each(lambda server: jobcalls.cancel(client, server, found.job), list(found.shares))
-        found.down.clear()
-        for server, answer in answers.items():
-            if isinstance(answer, UnreachableError):
-                found.down[server] = answer
-            else:
-                found.shares[server] = answer
-    if found.down:
-        error = down(list(found.down.values()))
+        untold = {
+            server: answer for server, answer in answers.items() if isinstance(answer, UnreachableError)
+        }
+        found.shares.update(
+            (server, answer) for server, answer in answers.items() if not isinstance(answer, UnreachableError)
+        )
+    if untold:
+        error = down(list(untold.values()))
         reason = str(error).removeprefix(f"{error.server}: ")
-        told = "; the others have ended the job" if len(found.down) < len(found.shares) else ""
+        told = "; the others have ended the job" if ran and len(untold) < len(found.shares) else ""
         raise UnreachableError(error.server, f"{reason}{told}; later: s4 cancel {found.job}")
-    return found.summary(), over
+    found.down.clear()
+    return found.summary(), not ran
 
 
 def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = False) -> JobSummary | None:

@@ -210,14 +210,16 @@ class Jobs:
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
         """Forget old jobs, of which JobIndex.old tells, but none that may still run on another node."""
         index = self._services.jobs
-        index.forget(index.old(keep_jobs, keep_seconds, alone=True))
         old = index.old(keep_jobs, keep_seconds, alone=False)
         try:
             running = self._running_elsewhere() if old else set()
-        except S4Error as e:
-            log.warning("%d old jobs are not forgotten yet: %s", len(old), e)
-        else:
-            index.forget([job_id for job_id in old if job_id not in running])
+        except S4Error as e:  # as long as a node is down no new jobs come
+            log.info("%d old jobs are not forgotten yet: %s", len(old), e)
+            old, running = [], set()
+        for job_id, run in index.old(keep_jobs, keep_seconds, alone=True) + old:
+            if job_id not in running:
+                with self._lock:  # no retry begins meanwhile
+                    index.forget(job_id, run)
 
     def _running_elsewhere(self) -> set[str]:
         """The ids of the jobs that run on other nodes. Raises S4Error if one does not tell."""

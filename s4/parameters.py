@@ -60,7 +60,7 @@ def positive_seconds(name: str, given: object, default: float) -> float:
     except (TypeError, ValueError, OverflowError):
         seconds = 0
     # float() takes spaces and underscores too.
-    odd = isinstance(given, bool) or (isinstance(given, str) and not given.replace(".", "").isalnum())
+    odd = isinstance(given, bool) or (isinstance(given, str) and ("_" in given or given != given.strip()))
     if odd or not 0 < seconds <= MAX_TIMEOUT:
         raise BadRequestError(f"{name}: {TIMEOUT_NEEDED}")
     return seconds

@@ -447,7 +447,7 @@ class Share:
 
         if here:
             self._services.transfers.publish(here, record)
-            self._changes.clear()
+            self._changes.clear()  # not before the commit: what was rolled back is still to be recorded
         return refused
 
     def _stored(self, attempt: _Attempt) -> None:

@@ -186,8 +186,6 @@ class Transfers:
                 try:
                     received = self._received(transfer)
                     refused = self._publish(transfer, received, checksums)
-                    if all(isinstance(error, BusyError) for error in refused):
-                        raise BusyError(str(refused[0]))  # nothing is decided: it can be confirmed again
                     left = [file for file, error in zip(left, refused, strict=True) if error is not None]
                     outcome = _Outcome(refused, None, time.monotonic())
                 except BusyError:
@@ -231,7 +229,9 @@ class Transfers:
                     )
                 )
 
-        def forget(db: Transaction, _outcome: Sequence[S4Error | None]) -> None:
+        def forget(db: Transaction, outcome: Sequence[S4Error | None]) -> None:
+            if all(isinstance(error, BusyError) for error in outcome):
+                raise BusyError(str(outcome[0]))  # nothing is decided: it can be confirmed again
             self._underway.transfer_stored(db, transfer.uuid)
 
         results = iter(self.publish(good, forget))

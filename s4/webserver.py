@@ -81,7 +81,14 @@ def _end_idle(channels: Iterable[Any], now: float) -> None:
     for channel in channels:
         seconds = STALLED_SECONDS if channel.total_outbufs_len else IDLE_SECONDS
         if not channel.requests and channel.last_activity < now - seconds:
-            channel.will_close = True
+            _close(channel)
+
+
+def _close(channel: Any) -> None:
+    """Have a connection closed, also one on which nothing can be written: it would not be looked at."""
+    channel.will_close = True
+    with contextlib.suppress(OSError):
+        channel.socket.shutdown(socket.SHUT_RDWR)
 
 
 def is_no_lost_client(record: logging.LogRecord) -> bool:
@@ -162,8 +169,9 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         return self._half_closed and not self.requests
 
     def handle_read(self) -> None:
+        answering = self.requests or self.total_outbufs_len
         with contextlib.suppress(OSError):  # which the read itself meets again
-            if self.requests and not self.socket.recv(1, socket.MSG_PEEK):
+            if answering and not self.socket.recv(1, socket.MSG_PEEK):
                 self._half_closed = True
                 return
         super().handle_read()
@@ -194,10 +202,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         while self.connected and self.total_outbufs_len >= self.adj.outbuf_overflow:
             self.server.pull_trigger()
             if not self.outbuf_lock.wait(UNREAD_SECONDS):  # which ends when some of it could be sent
-                self.will_close = True
-                # While nothing can be written, that alone would not be looked at.
-                with contextlib.suppress(OSError):
-                    self.socket.shutdown(socket.SHUT_RDWR)
+                _close(self)
                 raise ClientDisconnected
 
     def _change_buffer(self) -> None:

@@ -298,7 +298,8 @@ def test_no_signal_is_ignored_in_a_command(start_cluster: Callable[..., Cluster]
     cluster = start_cluster(1)
     cluster.put("s4://b/000", b"x")
     ignored = cluster.s4("eval", "s4://b/000", "grep SigIgn /proc/self/status").out
-    assert int(ignored.split()[1], 16) == 0
+    of_the_c_library = 0b11 << 31  # 32 and 33, which posix_spawn ignores and nobody else can change
+    assert int(ignored.split()[1], 16) & ~of_the_c_library == 0
     command = "trap 'echo heard' HUP QUIT; kill -HUP $BASHPID; kill -QUIT $BASHPID"
     assert cluster.s4("eval", "s4://b/000", command).out == b"heard\nheard\n"
 

@@ -563,7 +563,9 @@ def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database
         )
     index = JobIndex(database)
     for alone in (False, True):
-        index.forget(index.old(1000, 7 * 24 * 3600, alone=alone))
+        for job_id, run in index.old(1000, 7 * 24 * 3600, alone=alone):
+            index.forget(job_id, run)
+    index.forget("old999", 7)  # another run than that which was old
     left = {job for (job,) in _reader(database).execute("select id from jobs")}
     evals = {f"eval{i}" for i in range(1, 1001)}
     assert left == {"hangs", *(f"old{i}" for i in range(500, 1500)), *evals}

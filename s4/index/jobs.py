@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from s4.errors import MissingError
 from s4.index.database import Database, Transaction
-from s4.states import DONE, INTERRUPTED, WAITING
+from s4.states import DONE, INTERRUPTED, RUNNING, WAITING
 
 STEP = 5000  # rows that one transaction changes at most; bounds how long other writers wait
 
@@ -334,24 +334,26 @@ class JobIndex:
             found: tuple[str, str] | None = db.execute(query, (job_id, number)).fetchone()
         return found
 
-    def old(self, keep_jobs: int, keep_seconds: float, *, alone: bool) -> list[str]:
+    def old(self, keep_jobs: int, keep_seconds: float, *, alone: bool) -> list[tuple[str, int]]:
         """The jobs that have ended here and are neither among the newest `keep_jobs` nor young enough: those
-        of this node alone, or the others. Each kind is counted by itself, so that all nodes forget alike."""
+        of this node alone, or the others; with their runs. Each kind is counted by itself, so that all nodes
+        forget alike."""
         with self._db.read() as db:
-            found = db.execute(
-                "SELECT id FROM jobs WHERE alone = ? AND state != 'running' AND started_s < ?"
+            return db.execute(
+                "SELECT id, run FROM jobs WHERE alone = ? AND state != 'running' AND started_s < ?"
                 " AND id NOT IN (SELECT id FROM jobs WHERE alone = ? ORDER BY started_s DESC LIMIT ?)",
                 (alone, time.time() - keep_seconds, alone, keep_jobs),
-            )
-            return [job_id for (job_id,) in found]
+            ).fetchall()
 
-    def forget(self, job_ids: Sequence[str]) -> None:
-        """Remove the records of jobs."""
-        for job_id in job_ids:
-            self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
-            self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
-            with self._db.write() as db:
-                db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+    def forget(self, job_id: str, run: int) -> None:
+        """Remove the record of a job, unless it has run again since."""
+        share = self.share(job_id)
+        if share.job.run != run or share.state == RUNNING:
+            return
+        self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
+        self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
+        with self._db.write() as db:
+            db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     def interrupt_running(self) -> None:
         """At the start of a node: what ran when it stopped is lost. It counts as ended with its last task."""
