@@ -545,6 +545,9 @@ def test_a_query_has_limits(database: Database) -> None:
     assert len(_queried(database, endless + " limit 10", 10)) == 11
     with pytest.raises(BadRequestError, match="longer than 5 seconds"):
         _queried(database, endless.replace("select x from", "select sum(x) from"))
+    slow = "instr(hex(zeroblob(300000)), hex(zeroblob(150000)) || x)"  # a step that takes long
+    with pytest.raises(BadRequestError, match="longer than 5 seconds"):
+        _queried(database, endless.replace("select x from n", f"select sum({slow}) from n where x < 300"))
 
 
 def test_finished_jobs_are_kept_for_a_week_and_the_last_thousand_longer(database: Database) -> None:
