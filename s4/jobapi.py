@@ -118,7 +118,7 @@ class JobStatus(Resource):
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
-        wait = positive_seconds("wait", given["wait"], 0) if given.get("wait", "").strip("0.") else 0
+        wait = positive_seconds("wait", given.get("wait"), 0, or_zero=True)
         answer_json(resp, _shown(self._node.await_job(checked_job_id(needed(given, "job")), wait)))
 
 

@@ -53,15 +53,15 @@ def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:
     return int(text)
 
 
-def positive_seconds(name: str, given: object, default: float) -> float:
-    """The positive number of seconds that is given for `name`, `default` for None."""
+def positive_seconds(name: str, given: object, default: float, *, or_zero: bool = False) -> float:
+    """The number of seconds above 0 (`or_zero`) that is given for `name`, `default` for None."""
     try:
         seconds = default if given is None else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        seconds = 0
+        seconds = -1
     # float() takes spaces and underscores too.
     odd = isinstance(given, bool) or (isinstance(given, str) and ("_" in given or given != given.strip()))
-    if odd or not 0 < seconds <= MAX_TIMEOUT:
+    if odd or not 0 <= seconds <= MAX_TIMEOUT or (seconds == 0 and not or_zero):
         raise BadRequestError(f"{name}: {TIMEOUT_NEEDED}")
     return seconds
 

@@ -445,9 +445,17 @@ class Share:
                         os.unlink(finished.file.file)
             self._services.jobs.change(db, self.job.id, self._changes)
 
-        if here:
+        if not here:
+            return refused
+        before = list(self._changes)
+        try:
             self._services.transfers.publish(here, record)
-            self._changes.clear()  # not before the commit: what was rolled back is still to be recorded
+        except S4Error:
+            self._changes = (
+                before  # what was rolled back is not done; what failed before is still to be recorded
+            )
+            raise
+        self._changes.clear()
         return refused
 
     def _stored(self, attempt: _Attempt) -> None:

@@ -516,3 +516,30 @@ def test_a_retry_may_replace_only_keys_of_its_own_task(three: Cluster) -> None:
     three.s4("rm", "s4://b/out/001/part")
     three.s4("retry", job)
     assert three.get("s4://b/out/001/part") == b"3\n"
+
+
+def test_what_could_not_be_committed_is_not_done_and_what_failed_before_stays_failed(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
+    (node,) = cluster.nodes
+    cluster.put_all({"s4://b/in/000": b"bad", "s4://b/in/001": b"good"})
+    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db", isolation_level=None)) as db:
+        db.execute(
+            "create trigger full before update of state on tasks when new.state = 'done'"
+            " begin select raise(abort, 'no room'); end"
+        )
+        assert cluster.run("map", "s4://b/in/", "s4://b/out/", "grep good", "--keep-going").code == 1
+        db.execute("drop trigger full")
+    eventually(lambda: node.rows("select state from jobs") == [("failed",)], 10)
+    assert [state for (state,) in node.rows("select state from tasks order by task")] == [
+        "failed",
+        "cancelled",
+    ]
+    assert cluster.keys("s4://b/out/") == []
+    cluster.s4("rm", "s4://b/in/000")
+    cluster.put("s4://b/in/000", b"good")
+    [(job,)] = node.rows("select id from jobs")
+    cluster.s4("retry", job)
+    assert cluster.contents("s4://b/out/") == {"000": b"good\n", "001": b"good\n"}
+    node.check()
