@@ -170,3 +170,19 @@ def m0004_tasks(db: Database) -> None:
             WHERE state = 'failed';
         """
     )
+
+
+@migrations()
+def m0005_removals_one_by_one(db: Database) -> None:
+    """Each removal has a row of its own: of two below one prefix, one may be over sooner."""
+    db.executescript(
+        """
+        CREATE TABLE each_removal (
+            id        INTEGER PRIMARY KEY,
+            prefix    TEXT    NOT NULL               -- rows are gone, files may not be yet
+        );
+        INSERT INTO each_removal (prefix) SELECT prefix FROM removals;
+        DROP TABLE removals;
+        ALTER TABLE each_removal RENAME TO removals;
+        """
+    )

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4.errors import BadRequestError, ConflictError, MissingError, S4Error
+from s4.errors import BadRequestError, BusyError, ConflictError, MissingError, S4Error
 from s4.index import (
     Counts,
     Database,
@@ -279,6 +279,36 @@ def test_an_unexpected_failure_in_the_middle_adds_nothing(database: Database) ->
     assert _listed(index, "") == []
     index.add([NewKey("b/0", 1, "a")], lambda _i: None)
     assert _listed(index, "") == ["b/0"]
+
+
+def test_files_that_cannot_be_removed_with_their_keys_are_removed_later(database: Database) -> None:
+    unlinked: list[str] = []
+    problem: S4Error | None = BusyError("too many open files")
+
+    def unlink(paths: Sequence[str]) -> None:
+        if problem is not None:
+            raise problem
+        unlinked.extend(paths)
+
+    def removals() -> int:
+        return int(_reader(database).execute("select count(*) from removals").fetchone()[0])
+
+    index = KeyIndex(database, unlink)
+    index.restore([KeyRow(f"b/{name}", 1, "0", 0) for name in "abcd"])
+    index.remove("b/a")  # it is gone, whatever becomes of its file
+    index.remove_prefix("b/b")
+    problem = S4Error("read-only file system")
+    with pytest.raises(S4Error, match="read-only"):  # which somebody has to do something about
+        index.remove("b/c")
+    problem = None
+    assert _listed(index, "") == ["b/d"] and unlinked == [] and removals() == 3
+    index.remove_prefix("b/")
+    assert unlinked == ["b/d"] and removals() == 3  # the others are still to be swept after a crash
+    index.add([NewKey("b/a", 1, "a")], lambda _i: None)
+    index.finish_removals()
+    assert unlinked == ["b/d", "b/b", "b/c"] and removals() == 0
+    index.finish_removals()
+    assert unlinked == ["b/d", "b/b", "b/c"]
 
 
 def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:

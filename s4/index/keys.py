@@ -7,12 +7,13 @@ may not be in it, and every other key is in it once.
 
 import contextlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from s4.errors import ConflictError, MissingError, S4Error
+from s4.errors import BusyError, ConflictError, FullDiskError, MissingError, S4Error
 from s4.index.database import Database, Transaction
 from s4.keys import range_end, url
 
@@ -32,6 +33,8 @@ _KEYS_IN_THEM = """
     FROM json_each(?) WHERE inside IS NOT NULL
 """
 _LAST = b""  # above every path: to SQLite any blob is larger than any text
+
+log = logging.getLogger("s4.index")
 
 
 class KeyRow(NamedTuple):
@@ -79,6 +82,7 @@ class KeyIndex:
     def __init__(self, database: Database, unlink: Callable[[Sequence[str]], None]) -> None:
         self._db = database
         self._unlink = unlink
+        self._unfinished: list[tuple[int, Sequence[str]]] = []  # removals of which some files are still there
 
     def get(self, path: str) -> KeyRow:
         """The row of a key. Raises MissingError."""
@@ -174,41 +178,55 @@ class KeyIndex:
     def _remove(self, prefix: str, which: str, parameters: tuple[object, ...]) -> int:
         """Remove the first REMOVE_CHUNK keys of those for which `which`, a condition in SQL, holds; how many
         there were."""
-        gone = self._db.making_room(lambda: self._remove_rows(prefix, which, parameters))
-        if not gone:
-            return 0
+        removal, gone = self._db.making_room(lambda: self._remove_rows(prefix, which, parameters))
+        if gone:
+            try:
+                self._remove_files(removal, gone)
+            except S4Error as e:
+                self._unfinished.append((removal, gone))
+                if not isinstance(e, (BusyError, FullDiskError)):  # nothing that passes
+                    raise
+                log.warning("the files of removed keys stay for now: %s", e)
+        return len(gone)
+
+    def _remove_files(self, removal: int, gone: Sequence[str]) -> None:
         # A file goes only while no row stands for it: a put of the same key may have come in between.
         with self._db.write() as db:
             self._unlink([path for (path,) in db.execute(_GONE, (json.dumps(gone),))])
-            db.execute("DELETE FROM removals WHERE prefix = ?", (prefix,))
-        return len(gone)
+            db.execute("DELETE FROM removals WHERE id = ?", (removal,))
 
-    def _remove_rows(self, prefix: str, which: str, parameters: tuple[object, ...]) -> list[str]:
-        """Remove the rows alone; the paths that they had."""
+    def finish_removals(self) -> None:
+        """Remove the files that could not be removed with their keys; what cannot be now stays for later."""
+        unfinished, self._unfinished = self._unfinished, []
+        for removal, gone in unfinished:
+            try:
+                self._remove_files(removal, gone)
+            except S4Error:
+                self._unfinished.append((removal, gone))
+
+    def _remove_rows(
+        self, prefix: str, which: str, parameters: tuple[object, ...]
+    ) -> tuple[int, Sequence[str]]:
+        """Remove the rows alone; the number of the removal, and the paths that they had."""
+        removal = 0
         with self._db.write() as db:
             select = f"SELECT path FROM keys WHERE {which} ORDER BY path LIMIT ?"
             doomed = [path for (path,) in db.execute(select, (*parameters, REMOVE_CHUNK))]
             if doomed:
-                db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (prefix,))
+                removal = db.execute("INSERT INTO removals (prefix) VALUES (?)", (prefix,)).lastrowid or 0
                 query = "DELETE FROM keys WHERE path IN (SELECT value FROM json_each(?))"
                 db.execute(query, (json.dumps(doomed),))
-        return doomed
+        return removal, doomed
 
     def makers(self, folder: str) -> set[Maker]:
         """All that made keys below the folders in `folder`, a path that ends in '/'."""
         found: set[Maker] = set()
-        start, end = bounds(folder)
-        query = "SELECT path, job, task FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
-        while True:
-            with self._db.read() as db:
-                rows = db.execute(query, (start, end, CHUNK)).fetchall()
+        for rows in self._chunks("path, job, task", folder):
             for path, job, task in rows:
                 name, slash, _rest = path[len(folder) :].partition("/")
                 if slash:
                     found.add(Maker(name, job, task))
-            if len(rows) < CHUNK:
-                return found
-            start = rows[-1][0] + " "  # as in list_keys
+        return found
 
     def remove_made(self, folder: str, makers: Sequence[Maker]) -> None:
         """Remove the keys that tasks made, as `makers` tells them."""
@@ -224,12 +242,17 @@ class KeyIndex:
 
     def list_keys(self, prefix: str) -> Iterator[list[ListRow]]:
         """Every key that starts with `prefix`, in chunks."""
+        for rows in self._chunks("path, size, created_s", prefix):
+            yield list(map(ListRow._make, rows))
+
+    def _chunks(self, columns: str, prefix: str) -> Iterator[list[Any]]:
+        """These columns, the first of which is the path, of every key that starts with `prefix`."""
         start, end = bounds(prefix)
-        query = "SELECT path, size, created_s FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
+        query = f"SELECT {columns} FROM keys WHERE path >= ? AND path < ? ORDER BY path LIMIT ?"
         while True:
             with self._db.read() as db:
                 rows = db.execute(query, (start, end, CHUNK)).fetchall()
-            yield list(map(ListRow._make, rows))
+            yield rows
             if len(rows) < CHUNK:
                 return
             start = rows[-1][0] + " "  # no path holds a space: the smallest text above this path

@@ -30,7 +30,10 @@ MEANINGS: dict[str, dict[str, str]] = {
         "started_s": _TIME,
         "paths": "paths of the keys, a JSON list",
     },
-    "removals": {"prefix": "its rows are gone, its files may not be yet"},
+    "removals": {
+        "id": "counts removals, each of up to 200 keys",
+        "prefix": "what their paths start with: their rows are gone, their files may not be yet",
+    },
     "jobs": {
         "id": "the same on all nodes; sorts by time",
         "kind": "map, map-to-n, map-from-n or eval",

@@ -40,7 +40,7 @@ class Underway:
         puts = "SELECT value FROM transfers, json_each(paths) WHERE direction = 'put'"
         with self._db.read() as db:
             paths = [path for (path,) in db.execute(puts)]
-            prefixes = [prefix for (prefix,) in db.execute("SELECT prefix FROM removals")]
+            prefixes = [prefix for (prefix,) in db.execute("SELECT DISTINCT prefix FROM removals")]
         return paths, prefixes
 
     def forget_crash(self) -> None:
