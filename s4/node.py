@@ -4,12 +4,13 @@ Every key that it is asked for must be its own by placement, so that a caller wi
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from s4.config import Conf
-from s4.errors import BadRequestError, BusyError, WrongNodeError
+from s4.errors import BadRequestError, BusyError, S4Error, WrongNodeError
 from s4.evals import Evals
 from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, ShareRow, Underway
 from s4.index.keys import ListRow
@@ -70,6 +71,7 @@ class Node:
         self.position = position
         self.limits = limits
         self.storage = Storage(data)
+        _check_index_is_there(self.storage)
         self.database = Database(self.storage.index_path)
         self.keys = KeyIndex(self.database, self.storage.unlink)
         self.underway = Underway(self.database)
@@ -175,9 +177,13 @@ class Node:
         Raises MissingError.
         """
         share = self.jobs.running(job_id)
-        if share is not None and seconds > 0:
+        if seconds > 0 and (share is not None or self.evals.is_running(job_id)):
+            seconds = min(seconds, LONGEST_WAIT)
             with contextlib.suppress(BusyError), self.waiting_jobs.waiting():
-                share.ended.wait(min(seconds, LONGEST_WAIT))
+                if share is not None:
+                    share.ended.wait(seconds)
+                else:
+                    self.evals.wait(job_id, seconds)
         return self.jobs.status(job_id)
 
     def cancel(self, job_id: str, run: int | None) -> ShareRow:
@@ -199,6 +205,7 @@ class Node:
     def keep_house(self) -> None:
         """What has to be done now and then; called about once a second."""
         self.database.keep_reserve()
+        self.keys.finish_removals()
         self.transfers.expire()
         self.jobs.keep_house()
         self.evals.keep_house()
@@ -214,5 +221,12 @@ class Node:
             last.callback(self.database.close)
             self.jobs.stop()
             self.pool.stop()
-            self.evals.wait()
+            self.evals.wait_for_all()
             self.storage.empty_temporary()
+
+
+def _check_index_is_there(storage: Storage) -> None:
+    """Raises S4Error if it is not, but files are: they would be no keys, and be written over."""
+    path = storage.index_path
+    if not (os.path.exists(path) and os.path.getsize(path)) and any(storage.walk()):
+        raise S4Error(f"{path} is missing, but there are files: 's4-server reindex' makes keys of them again")

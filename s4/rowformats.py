@@ -51,8 +51,11 @@ def _as_json(result: Result) -> Iterator[str]:
 
     names: list[str] = []
     for column in result.columns:
-        same = sum(1 for name in result.columns[: len(names)] if name == column)
-        names.append(f"{column}_{same + 1}" if same else column)
+        name, same = column, 1
+        while name in names:
+            same += 1
+            name = f"{column}_{same}"
+        names.append(name)
     if not result.rows:
         yield "[]"
         return

@@ -179,6 +179,9 @@ def test_rows_come_as_tab_separated_text(cluster: Cluster) -> None:
 def test_rows_come_as_json(cluster: Cluster) -> None:
     expected = {"t": ODD_TEXT, "b": "x'00ff'", "n": None, "f": 1.5, "f_2": 2}
     assert _rows(cluster, ODD) == [{"node": str(node), **expected} for node in cluster.nodes]
+    assert _rows(cluster, "select 1 as g, 2 as g, 3 as g_2, 4 as g") == [
+        {"node": str(node), "g": 1, "g_2": 2, "g_2_2": 3, "g_3": 4} for node in cluster.nodes
+    ]
     out = cluster.s4("sql", "select 9e999 as x, -9e999 as y", "--json").out
 
     def no_json(name: str) -> None:

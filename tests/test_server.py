@@ -153,6 +153,47 @@ def test_an_index_that_is_broken_is_reported_and_left_alone(alone: Cluster) -> N
     assert broken.read_bytes() == b"no database " * 100
 
 
+def test_an_index_that_is_missing_beside_files_is_reported_and_the_files_are_left_alone(
+    alone: Cluster,
+) -> None:
+    (node,) = alone.nodes
+    write_tree(node.folder, {"s4_data/b/000": b"data"})
+    for index in (None, b""):
+        if index is not None:
+            write_tree(node.folder, {"s4_data/_index/node.db": index})
+        result = alone.run("-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+        assert result.code == 1 and "node.db is missing" in result.fatal and "reindex" in result.fatal
+    assert _reindex(node)[0] == 0
+    node.start()
+    assert node.fetch("s4://b/000") == b"data"
+
+
+def test_an_index_of_a_newer_version_is_reported_and_left_alone(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    node.terminate()
+    index = node.data / "_index" / "node.db"
+    with contextlib.closing(sqlite3.connect(index)) as db:
+        db.execute(
+            "insert into _sqlite_migrations (migration_set, name, applied_at) values ('s4', 'm9999', '2099')"
+        )
+        db.commit()
+    before = index.read_bytes()
+    for action in ([], ["reindex"]):
+        result = alone.run(*action, "-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
+        assert result.code == 1 and "newer s4, with m9999" in result.fatal
+    assert index.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [b"bad\xff", b"two\nlines"])
+def test_a_data_folder_that_commands_could_not_take_is_refused(
+    alone: Cluster, folder: Path, name: bytes
+) -> None:
+    result = alone.run("-conf", str(alone.conf), "-data", name, program=[SERVER], cwd=folder)
+    assert result.code == 1 and "data folder" in result.fatal and "control characters" in result.fatal
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_node_stops_when_it_is_told_to(alone: Cluster, number: int) -> None:
     (node,) = alone.nodes
@@ -226,6 +267,7 @@ def test_a_request_cannot_forge_a_line_of_the_log(alone: Cluster) -> None:
     (node,) = alone.nodes
     node.start()
     node.get("/list", prefix="s4://b/x\n2020-01-01T00:00:00.000 INFO s4.http forged")
+    assert node.get("/x%0aFORGED%1b[31m").status == 404
     _nasty(node)
     assert node.get("/health").status == 200
     assert all(LINE.fullmatch(line) for line in node.log.splitlines()), node.log

@@ -1,4 +1,4 @@
-"""The connection to node.db: WAL, one writer at a time, a reading connection for each thread.
+"""The connections to node.db: WAL, one writer at a time, as many readers as read at once.
 
 Contract: `write()` is the only way to change anything and is one transaction; `read()` is a connection on
 which no transaction stays open. Private: how connections are kept.
@@ -18,7 +18,7 @@ from typing import TypeAlias, TypeVar
 
 from s4.errors import BusyError, DamagedIndexError, FullDiskError, S4Error, StoppingError
 
-# A cache of 1 MB a connection: there is one for each thread, and the system's page cache serves them all.
+# A cache of 1 MB a connection: there may be several, and the system's page cache serves them all.
 _PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -28,6 +28,7 @@ _PRAGMAS = """
 
 
 RESERVE_BYTES = 1024 * 1024  # several times what the removal of a few hundred keys writes
+IDLE_READERS = 8  # connections kept for further reads; each has two files open
 
 # What `write` gives: the connection, inside a transaction.
 Transaction: TypeAlias = sqlite3.Connection
@@ -48,7 +49,7 @@ class Database:
         self._writer = self.making_room(self._open)
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
-        self._local = threading.local()
+        self._readers: list[sqlite3.Connection] = []  # idle ones
         self._closed = False
         self.keep_reserve()
 
@@ -58,7 +59,7 @@ class Database:
             writer = self._connect()
             writer.execute("PRAGMA cache_size = -8000")
         except sqlite3.Error as e:
-            raise _explained(self.path, e) from e
+            raise explained(self.path, e) from e
         return writer
 
     def _connect(self) -> sqlite3.Connection:
@@ -82,7 +83,7 @@ class Database:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 if isinstance(e, sqlite3.Error):
-                    raise _explained(self.path, e) from e
+                    raise explained(self.path, e) from e
                 raise
 
     @contextmanager
@@ -93,15 +94,25 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection for reading. Raises S4Error if SQLite fails in the block."""
+        """A connection for reading. Raises S4Error if SQLite fails in the block."""
         try:
-            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-            if connection is None:
-                connection = self._local.connection = self._connect()
-                connection.execute("PRAGMA query_only = 1")
-            yield connection
+            connection = self._reader()
+            try:
+                yield connection
+            finally:
+                if len(self._readers) < IDLE_READERS:
+                    self._readers.append(connection)
+                else:
+                    connection.close()
         except sqlite3.Error as e:
-            raise _explained(self.path, e) from e
+            raise explained(self.path, e) from e
+
+    def _reader(self) -> sqlite3.Connection:
+        with contextlib.suppress(IndexError):
+            return self._readers.pop()
+        connection = self._connect()
+        connection.execute("PRAGMA query_only = 1")
+        return connection
 
     def keep_reserve(self) -> None:
         """Reserve some disk space, unless that is done or there is none left: letting go of it makes removals
@@ -137,23 +148,27 @@ class Database:
         """Close the writer, with everything in node.db and nothing left in the WAL."""
         with self._write_lock:
             self._closed = True
-            # SQLite does it by itself only for the last connection; other threads have theirs for reading.
+            # SQLite does it by itself only for the last connection, and somebody may be reading.
             # On a full disk it fails; then what is in the WAL stays there, and the next start reads it there.
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()
+            self._close_readers()
 
     def abandon(self) -> None:
-        """Close what this thread has of a damaged file, as it is."""
+        """Close a damaged file, as it is; nobody reads it."""
         with self._write_lock:
             self._closed = True
             self._writer.close()
-            reader: sqlite3.Connection | None = getattr(self._local, "connection", None)
-            if reader is not None:
-                reader.close()
+            self._close_readers()
+
+    def _close_readers(self) -> None:
+        while self._readers:
+            self._readers.pop().close()
 
 
-def _explained(path: str, e: sqlite3.Error) -> S4Error:
+def explained(path: str, e: sqlite3.Error) -> S4Error:
+    """An error of SQLite as one of ours, with what to do."""
     name = getattr(e, "sqlite_errorname", "")  # errors of the Python module itself have none
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
@@ -183,7 +198,13 @@ def _migrate(path: str) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.migrations.apply(database)
+        migrations = module.migrations
+        known = {step.name for step in migrations.pending(sqlite_utils.Database(memory=True))}
+        newer = [step.name for step in migrations.applied(database) if step.name not in known]
+        if newer:
+            database.close()
+            raise S4Error(f"the index {path} was made by a newer s4, with {newer[-1]}: use that one here")
+        migrations.apply(database)
         database.close()
 
 

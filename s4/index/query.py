@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from s4.errors import BadRequestError
+from s4.index.database import explained
 
 QUERY_SECONDS = 5.0
 # Of one text or blob, or of the query; what is recorded is shorter. A function such as instr() cannot be
@@ -30,8 +31,9 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
     something, after QUERY_SECONDS, and when there are more than `limit` rows.
     """
     deadline = time.monotonic() + QUERY_SECONDS
-    connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=QUERY_SECONDS)
+    connection = None
     try:
+        connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=QUERY_SECONDS)
         connection.execute("PRAGMA query_only = 1")
         connection.execute("PRAGMA trusted_schema = 0")
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
@@ -54,11 +56,14 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
     except sqlite3.OperationalError as e:
         if time.monotonic() > deadline:
             raise BadRequestError(f"the query took longer than {QUERY_SECONDS:g} seconds") from e
+        if e.sqlite_errorname.startswith("SQLITE_CANTOPEN"):
+            raise explained(path, e) from e
         raise BadRequestError(_refusal(e)) from e
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
         raise BadRequestError(_refusal(e)) from e
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 @contextlib.contextmanager
