@@ -34,7 +34,9 @@ from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Receive, Received, Send, StoredFile
 
-UNCONFIRMED_SECONDS = 10.0  # how long bytes that arrived wait for their confirmation
+# How long bytes that arrived wait for their confirmation; as long as they took if that is longer, for the
+# caller may have to read them once more for their checksum.
+UNCONFIRMED_SECONDS = 10.0
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
 OPEN_TRIES = 10  # for keys that change meanwhile
@@ -172,12 +174,14 @@ class Transfers:
         Returns per key None or why it was refused. Raises MissingError for an unknown or expired transfer,
         TransferError if the bytes did not arrive.
         """
+        found = self._transfers.get(name)  # looked for first: it goes only once its outcome is there
         ended = self._outcomes.get(name)
         if ended is not None:
             return ended.answer()
-        transfer = self._find(name, put=True)
+        transfer = _checked(found, name, put=True)
         if len(checksums) != len(transfer.paths):
             raise BadRequestError(f"{len(transfer.paths)} checksums are needed, not {len(checksums)}")
+        self._wait_for_bytes(transfer)
         with transfer.lock:
             ended = self._outcomes.get(name)
             if ended is None:
@@ -196,15 +200,17 @@ class Transfers:
                 self._end(transfer, left)
         return ended.answer()
 
+    def _wait_for_bytes(self, transfer: _Transfer) -> None:
+        """Wait until nothing more arrives, without the lock of the transfer: who has to wait for that would
+        not be counted. Raises BusyError if it takes long."""
+        if not transfer.ticket.done:
+            with self._gate.waiting():
+                if not transfer.ticket.wait_done(SLOT_SECONDS):
+                    raise BusyError(f"{transfer} is still arriving; confirm again later")
+
     def _received(self, transfer: _Transfer) -> Received:
         try:
-            if transfer.ticket.done:
-                answer = transfer.ticket.result()
-            else:
-                with self._gate.waiting():
-                    answer = transfer.ticket.result(SLOT_SECONDS)
-        except TimeoutError:
-            raise BusyError(f"{transfer} is still arriving; confirm again later") from None
+            answer = transfer.ticket.result()
         except (StoppingError, BusyError):
             raise
         except S4Error as e:
@@ -334,10 +340,7 @@ class Transfers:
             )
 
     def _find(self, name: str, *, put: bool) -> _Transfer:
-        transfer = self._transfers.get(name)
-        if transfer is None or transfer.is_put != put:
-            raise MissingError(f"no such transfer: {name}; it ended or expired, start again")
-        return transfer
+        return _checked(self._transfers.get(name), name, put=put)
 
     def _listener(self) -> socket.socket:
         """A socket that listens on a port of its own, one that an earlier transfer had if there is one.
@@ -362,6 +365,8 @@ class Transfers:
             except BusyError as e:
                 self._pool.cancel(ticket, e)
                 raise
+        if ticket.done and not ticket.began_s:  # it failed without a slot, as when the node stops
+            ticket.result()
         return ticket
 
     def _end(self, transfer: _Transfer, left: Sequence[str]) -> None:
@@ -408,10 +413,17 @@ class Transfers:
         for transfer in list(self._transfers.values()):
             if transfer.ticket.done:
                 self._let_go(transfer)
-                unconfirmed_s = now - transfer.ticket.done_s
-                if not transfer.confirmed_by_caller or unconfirmed_s > UNCONFIRMED_SECONDS:
+                moved_s = transfer.ticket.seconds if transfer.ticket.succeeded else 0.0
+                expires_s = transfer.ticket.done_s + max(UNCONFIRMED_SECONDS, moved_s)
+                if not transfer.confirmed_by_caller or now > expires_s:
                     with transfer.lock:
                         self._end(transfer, transfer.files)
+
+
+def _checked(transfer: _Transfer | None, name: str, *, put: bool) -> _Transfer:
+    if transfer is None or transfer.is_put != put:
+        raise MissingError(f"no such transfer: {name}; it ended or expired, start again")
+    return transfer
 
 
 @contextlib.contextmanager

@@ -349,6 +349,18 @@ def test_a_prepared_put_that_nobody_sends_to_lets_the_next_through(narrow: Node)
     assert narrow.fetch("s4://b/next") == b"x"
 
 
+def test_a_sender_that_connects_late_and_is_silent_lets_the_next_through(narrow: Node) -> None:
+    _uuid, port = narrow.prepare_put("s4://b/silent")
+    late: list[socket.socket] = []
+    timer = threading.Timer(3, lambda: late.append(narrow.dial(port)))
+    timer.start()
+    try:
+        _within_six_seconds(lambda: narrow.put("s4://b/next", b"x"))
+    finally:
+        timer.join()
+        late[0].close()
+
+
 def test_a_put_that_stalls_lets_the_next_through_and_stores_nothing(narrow: Node) -> None:
     uuid, port = narrow.prepare_put("s4://b/stalls")
     with narrow.dial(port) as connection:
@@ -417,6 +429,33 @@ def test_slow_transfers_are_not_dropped_and_beyond_the_slots_it_is_429(narrow: N
         assert time.monotonic() - began > 1  # it did wait
     assert narrow.confirm_put(uuid, sent).status == 200
     assert narrow.put("s4://b/next").status == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /prepare_get?key=s4://none/000 HTTP/1.1\r\nContent-Length: 0", "404"),
+        ("POST /prepare_get?key=s4://none/000 HTTP/1.1", "404"),
+        ("POST /eval?key=s4://b/000 HTTP/1.1\r\nContent-Length: 99999999", "413"),
+    ],
+)
+def test_a_caller_who_expects_100_is_not_asked_for_a_body_in_vain(node: Node, head: str, status: str) -> None:
+    with node.dial(node.port) as connection:
+        connection.sendall(f"{head}\r\nHost: x\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert connection.recv(4096).decode().startswith(f"HTTP/1.1 {status} ")
+
+
+def test_a_put_that_waits_when_the_node_stops_is_told_so(narrow: Node) -> None:
+    narrow.prepare_put("s4://b/000")
+    answers: list[Answer] = []
+    waiting = threading.Thread(target=lambda: answers.append(narrow.post("/prepare_put", key="s4://b/001")))
+    waiting.start()
+    # The end of an eval tells that the put, which came before it, waits.
+    narrow.post("/eval", key="s4://b/missing", body=b"cat")
+    assert waiting.is_alive()
+    assert narrow.terminate() == 0
+    waiting.join()
+    assert [answer.status for answer in answers] == [503], answers
 
 
 def test_sends_and_receives_have_slots_of_their_own(narrow: Node) -> None:

@@ -83,6 +83,10 @@ class Ticket:
         """Whether it got a slot, or failed, within so many seconds."""
         return self._started.wait(seconds)
 
+    def wait_done(self, seconds: float | None = None) -> bool:
+        """Whether it is over within so many seconds."""
+        return self._done.wait(seconds)
+
     @property
     def done(self) -> bool:
         """Whether it is over."""
@@ -103,7 +107,7 @@ class Ticket:
 
         Raises TimeoutError if it is not over within `seconds`.
         """
-        if not self._done.wait(seconds):
+        if not self.wait_done(seconds):
             raise TimeoutError
         if self._error is not None:
             raise self._error

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import time
 from functools import lru_cache
@@ -25,7 +26,7 @@ def receive(task: Receive, fds: list[int], arriving: str) -> Received:
     made: list[str] = []
     files: list[StoredFile] = []
     try:
-        with _accept(fds[0], task.peer) as sock:
+        with _accept(fds[0], task.peer, sends=any(size != 0 for size in task.sizes)) as sock:
             incoming = Incoming(sock)
             for file, size in zip(task.files, task.sizes, strict=True):
                 fd = os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -49,7 +50,7 @@ def receive(task: Receive, fds: list[int], arriving: str) -> Received:
 
 def send(task: Send, fds: list[int]) -> None:
     """See tasks.Send."""
-    sock = connect(task.peer, task.port) if task.port is not None else _accept(fds[0], task.peer)
+    sock = connect(task.peer, task.port) if task.port is not None else _accept(fds[0], task.peer, sends=False)
     sources = fds if task.port is not None else fds[1:]
     with contextlib.closing(sock):
         for source, size in zip(sources, task.sizes, strict=True):
@@ -92,8 +93,11 @@ def checksum(task: Checksum) -> Checksums:
     return Checksums(found)
 
 
-def _accept(fd: int, peer: str) -> socket.socket:
-    """The first connection from the address that prepared the transfer; others are turned away."""
+def _accept(fd: int, peer: str, *, sends: bool) -> socket.socket:
+    """The first connection from the address that prepared the transfer; others are turned away.
+
+    A caller who `sends` has to begin in the time that there is to connect: no bytes move before.
+    """
     give_up = time.monotonic() + IDLE_SECONDS  # whoever else connects does not put it off
     others = ""
     with socket.socket(fileno=os.dup(fd)) as listener, contextlib.suppress(BlockingIOError):
@@ -102,7 +106,17 @@ def _accept(fd: int, peer: str) -> socket.socket:
             sock, address = listener.accept()
             if address[0] == peer:
                 set_idle_limit(sock)
-                return sock
+                if not sends or _readable(sock, give_up):
+                    return sock
+                sock.close()
+                raise TransferError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
             sock.close()
             others = f" from {peer}; connections from other addresses were turned away"
     raise TransferError(f"nobody connected for {IDLE_SECONDS:g} seconds{others}")
+
+
+def _readable(sock: socket.socket, give_up: float) -> bool:
+    """Whether something has come, or the end, by the time `give_up` (monotonic)."""
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    return bool(waiting.poll(max(0, give_up - time.monotonic()) * 1000))
