@@ -64,6 +64,7 @@ from s4.parameters import (
 )
 from s4.states import MAP, MAP_FROM_N, MAP_TO_N
 from s4.streams import BLOCK
+from s4.text import without_controls
 from s4.transfers import Prepared
 
 # The one place where errors become statuses; a class that is not here takes its base's, in the end 500.
@@ -178,7 +179,7 @@ class _Gatekeeper:
         log.info(
             "%s %s %s %.1fms",
             req.method,
-            req.relative_uri,
+            without_controls(req.relative_uri),  # its path is decoded
             falcon.code_to_http_status(resp.status)[:3],
             milliseconds,
         )
@@ -374,7 +375,7 @@ class Eval(Resource):
                 positive_seconds("timeout", given.get("timeout"), self._node.limits.timeout),
                 abandoned,
             )
-        except TimeLimitError as e:
+        except (TimeLimitError, CancelledError) as e:
             if raw:
                 raise
             resp.status = 400

@@ -16,7 +16,7 @@ from s4.errors import (
     TimeLimitError,
     WorkerDiedError,
 )
-from s4.index import Counts, JobRow, NewTask, TaskChange
+from s4.index import Counts, JobRow, NewTask, ShareRow, TaskChange
 from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
 from s4.shares import Services, exit_text, signal_of
@@ -89,8 +89,7 @@ class Evals:
             storage.temporary_file(work),
             "eval",
             self._services.locate(task.input)[0],
-            [],
-            environment,
+            environment=environment,
         )
         return Ticket(Kind.COMPUTE, command, time_limit=job.timeout)
 
@@ -202,11 +201,28 @@ class Evals:
             self._services.pool.cancel(ticket, CancelledError(f"job {job_id} was cancelled"))
             self._wait_until(lambda: job_id not in self._running)
 
-    def wait(self) -> None:
+    def running(self, prefix: str) -> list[ShareRow]:
+        """The records of those that run and whose id starts with `prefix`."""
+        found = []
+        for job_id in list(self._running):
+            with contextlib.suppress(MissingError):  # it still waits for its slot
+                if job_id.startswith(prefix):
+                    found.append(self._services.jobs.share(job_id))
+        return found
+
+    def is_running(self, job_id: str) -> bool:
+        """Whether an eval of this id runs, or waits for its slot."""
+        return job_id in self._running
+
+    def wait(self, job_id: str, seconds: float) -> None:
+        """Wait for the end of an eval, but no longer than so many seconds."""
+        self._wait_until(lambda: job_id not in self._running, seconds)
+
+    def wait_for_all(self) -> None:
         """Give evals that were ended a moment to write their records."""
         self._wait_until(lambda: not self._running)
 
-    def _wait_until(self, over: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + STOP_SECONDS
+    def _wait_until(self, over: Callable[[], bool], seconds: float = STOP_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         while not over() and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -131,7 +131,10 @@ class JobList(Resource):
         if given.get("state", RUNNING) != RUNNING:
             raise BadRequestError(f"state={given['state']!r}: only {RUNNING} can be asked for")
         running = "state" in given
-        rows = self._node.jobs.newest(checked_prefix(given.get("prefix", "")), limit, running=running)
+        prefix = checked_prefix(given.get("prefix", ""))
+        rows = self._node.jobs.newest(prefix, limit, running=running)
+        if running:
+            rows += self._node.evals.running(prefix)
         answer_json(resp, [_shown(row) for row in rows])
 
 

@@ -6,12 +6,13 @@ The rules of commands are the same in jobs; those tests are here, the ones on jo
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Answer, Cluster
 from procs import eventually, running
 
 OUTPUTS = {
@@ -133,6 +134,34 @@ def test_a_command_over_its_time_limit_names_its_key(cluster: Cluster, key: str)
     answer = cluster.owner(key).request("POST", "/eval", limit, command.encode(), 60)
     assert (answer.status, answer.json()) == (400, {"exitcode": 137, "stdout": "", "stderr": said + "\n"})
     eventually(lambda: not running("sleep\x007303"), 5)
+
+
+def test_an_eval_is_waited_for_listed_and_cancelled_as_a_job_is(cluster: Cluster, key: str) -> None:
+    node = cluster.owner(key)
+    answers: list[Answer] = []
+
+    def ask(job: str, command: bytes) -> threading.Thread:
+        params = {"key": key, "job": job}
+        asking = threading.Thread(
+            target=lambda: answers.append(node.request("POST", "/eval", params, command))
+        )
+        asking.start()
+        eventually(lambda: node.get("/job", job=job).status == 200, 5)
+        return asking
+
+    asking = ask("eval-a", b"sleep 1.01; cat")
+    assert [share["id"] for share in node.get("/jobs", state="running", prefix="eval-").json()] == ["eval-a"]
+    assert node.get("/jobs", state="running", prefix="evil").json() == []
+    assert node.get("/job", job="eval-a", wait="30").json()["state"] == "done"
+    asking.join()
+    asking = ask("eval-b", b"sleep 7304")
+    assert node.post("/cancel", job="eval-b").json()["state"] == "cancelled"
+    asking.join()
+    assert node.get("/jobs", state="running", prefix="eval-").json() == []
+    assert [(answer.status, answer.body) for answer in answers[:1]] == [(200, b"one\ntwo\n")]
+    said = "job eval-b was cancelled\n"
+    assert answers[1].status == 400
+    assert answers[1].json() == {"exitcode": 137, "stdout": "", "stderr": said}
 
 
 def test_stderr_of_a_success_goes_to_stderr(cluster: Cluster, key: str) -> None:
