@@ -2,9 +2,9 @@
 
 import logging
 
-from s4.errors import FullDiskError, S4Error
+from s4.errors import BadKeyError, FullDiskError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, Underway
-from s4.keys import SCHEME
+from s4.keys import SCHEME, parse_key
 from s4.storage import Storage
 
 log = logging.getLogger("s4.recovery")
@@ -26,7 +26,7 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
     doomed = [path for path in paths if not keys.exists(path)]
     for prefix in prefixes:
         folder = prefix[: prefix.rfind("/")]
-        doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and not keys.exists(p)]
+        doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and _is_left(p, keys)]
     for path in doomed:
         try:
             storage.unlink([path])
@@ -39,3 +39,12 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
             database.making_room(record)
         except FullDiskError as e:  # the node has to start all the same: nothing else could make room
             log.error("what the last run left is not recorded as over: %s", e)
+
+
+def _is_left(path: str, keys: KeyIndex) -> bool:
+    """Whether a file is one of ours without a row; one whose name can be no key was put there by somebody."""
+    try:
+        parse_key(path)
+    except BadKeyError:
+        return False
+    return not keys.exists(path)

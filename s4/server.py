@@ -41,6 +41,7 @@ _CPUS = len(os.sched_getaffinity(0))
 HOUSEKEEPING_SECONDS = 1.0
 PRUNE_SECONDS = 10.0
 STOP_SECONDS = 4.0  # after a SIGTERM; what is not down by then is ended with the process
+FEW_FILES = 1024  # a batch to be sent takes 200, and a node at work some hundred more
 
 log = logging.getLogger("s4.server")
 
@@ -204,9 +205,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     tempfile.tempdir = node.storage.temporary_file("")  # where waitress spools, on the disk of the data
     try:
         server = WebServer(make_app(node), listener, limits.waiting_requests)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # its threads cannot be started: a low `ulimit -u`
         node.stop()
-        raise S4Error(f"cannot listen on {own}: {e.strerror}") from e
+        raise S4Error(f"cannot serve on {own}: {e}") from e
     for action, seconds in ((node.keep_house, HOUSEKEEPING_SECONDS), (node.prune, PRUNE_SECONDS)):
         threading.Thread(target=_repeat, args=(action, seconds), name=action.__name__, daemon=True).start()
     log.info("node %s serves %s", own, node.storage.root)
@@ -313,6 +314,8 @@ def _raise_file_limit() -> None:
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < FEW_FILES:
+        log.warning("only %d files may be open at once (ulimit -n): a node needs %d", wanted, FEW_FILES)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Storage:
 
     def __init__(self, root: str) -> None:
         self.root = os.path.realpath(root)
+        if not self.root.isprintable():  # commands read and print paths, one a line
+            raise S4Error(f"data folder {root!r}: its path must be valid UTF-8, without control characters")
         try:
             for name in ("_index", *_FLEETING_FOLDERS):
                 os.makedirs(os.path.join(self.root, name), exist_ok=True)
@@ -81,7 +83,10 @@ class Storage:
         return os.path.join(self.root, "_tempdirs", name)
 
     def locate(self, path: str) -> tuple[str, int]:
-        """The absolute path of a key's file, for commands, and its bytes. Raises as `open` does."""
+        """The absolute path of a key's file, for commands, and its bytes.
+
+        Raises MissingError, ConflictError if a link is on the way, BusyError.
+        """
         # The kernel tells where a descriptor leads: half the work of going there folder by folder.
         wanted = os.path.join(self.root, path)
         try:
@@ -230,17 +235,14 @@ class Storage:
                 continue
             for entry in entries:
                 if entry.name == name or entry.name.startswith(name + "."):
-                    try:
-                        remove_tree(entry.path)
-                    except OSError as e:
-                        log.warning("%s stays until the next start: %s", entry.path, e.strerror)
+                    _remove_if_possible(entry.path)
 
     def empty_temporary(self) -> None:
-        """Remove everything that is not a key: what a node that was killed left."""
+        """Remove all that is no key: what a node that was killed left. What cannot be removed, such as
+        what a command made as another user, is told."""
         for name in _FLEETING_FOLDERS:
-            folder = os.path.join(self.root, name)
-            for entry in os.scandir(folder):
-                remove_tree(entry.path)
+            for entry in list(os.scandir(os.path.join(self.root, name))):
+                _remove_if_possible(entry.path)
 
     def walk(self, folder: str = "") -> Iterator[str]:
         """The path of every plain file of keys below a folder, in no order; symbolic links are left out."""
@@ -311,6 +313,13 @@ def remove_tree(path: str) -> None:
                 os.rmdir(folder)
         if pending[-1] == folder:
             pending.pop()
+
+
+def _remove_if_possible(path: str) -> None:
+    try:
+        remove_tree(path)
+    except OSError as e:
+        log.warning("%s stays until the next start: %s", path, e)
 
 
 def _missing(path: str) -> MissingError:

@@ -1,10 +1,13 @@
 """waitress as a node needs it: careful with memory, disk and connections, however slow the callers are."""
 
 import contextlib
+import errno
+import functools
 import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,10 +20,13 @@ SPARE_THREADS = 8  # beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 MAX_CONNECTIONS = 4000  # each costs a microsecond whenever something happens on any of them
 IDLE_SECONDS = 20  # after which a connection without a request is closed
-STALLED_SECONDS = 120  # the same, when there is an answer that is not read any further
+STALLED_SECONDS = 3600  # the same, when there is an answer that is not read any further, as by a pager
 SEND_BUFFER = 128 * 1024
 OUTPUT_BUFFER = 4 * 1024 * 1024  # of an answer; what is sent of it is let go of by so much
+NO_DESCRIPTOR_SECONDS = 0.1  # between tries to accept a connection for which there is none
 UNREAD_SECONDS = 30.0  # that an answer which cannot be spooled waits for a reader who takes nothing
+
+log = logging.getLogger("s4.server")
 
 
 class WebServer:
@@ -46,6 +52,7 @@ class WebServer:
             ident="s4",
         )
         self._server.channel_class = _Channel
+        self._server.accept = functools.partial(_accept, self._server.accept)
         self._server.maintenance = lambda now: _end_idle(self._server.active_channels.values(), now)
         # Connections inherit it. waitress sends blocks of this size, by default megabytes for each reader.
         self._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -71,6 +78,19 @@ def _connection_limit() -> int:
     If there is none, waitress tries to accept a connection again and again, with a traceback each time.
     """
     return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+def _accept(accept: Callable[[], Any]) -> Any:
+    """A connection; None, after a moment, if there is no descriptor for it: waitress would try again at once,
+    with a traceback each time."""
+    try:
+        return accept()
+    except OSError as e:
+        if e.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        log.warning("a connection has to wait: %s", e.strerror)
+        time.sleep(NO_DESCRIPTOR_SECONDS)
+        return None
 
 
 def _end_idle(channels: Iterable[Any], now: float) -> None:
@@ -167,6 +187,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def _answered(self) -> bool:
         """Whether a caller who will say no more has all his answers."""
         return self._half_closed and not self.requests
+
+    def send_continue(self) -> None:
+        """waitress 3.0.2 forgets here that a request is complete: one without a body, or one refused."""
+        if self.request.completed:
+            self.request.expect_continue = False
+        else:
+            super().send_continue()
 
     def handle_read(self) -> None:
         answering = self.requests or self.total_outbufs_len

@@ -50,7 +50,7 @@ class Flow:
     def __init__(self, node: Node, key: str, block: bytes = b"x", pause: float = 0.5) -> None:
         self._node, self._block, self._pause = node, block, pause
         self._ended = threading.Event()
-        self._uuid, port = node.prepare_put(key)
+        self.uuid, port = node.prepare_put(key)
         self._connection = node.dial(port)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -64,7 +64,7 @@ class Flow:
         """Stop sending; a confirm with a wrong checksum makes the node forget it at once."""
         self._ended.set()
         self._thread.join()
-        assert self._node.post("/confirm_put", uuid=self._uuid, checksum="0").status >= 400
+        assert self._node.post("/confirm_put", uuid=self.uuid, checksum="0").status >= 400
 
 
 def _request(node: Node, method: str, target: str, body: bytes = b"") -> socket.socket:
@@ -125,6 +125,33 @@ def test_control_answers_within_a_second_whatever_else_goes_on(start_cluster: St
         ]
         eventually(lambda: len(_answered(waiting)) == len(waiting), 12, "the others wait for a bounded time")
     eventually(lambda: not _sleeping("600.01") + _sleeping("600.02"), 10, "evals end with their callers")
+
+
+def test_confirms_of_bytes_that_still_arrive_leave_threads_for_others(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    flow = Flow(node, "s4://b/slow")
+    with contextlib.ExitStack() as stack:
+        stack.callback(flow.end)
+        confirms = [
+            stack.enter_context(_request(node, "POST", f"/confirm_put?uuid={flow.uuid}&checksum=1"))
+            for _ in range(150)
+        ]
+        eventually(lambda: len(_answered(confirms)) > 50, 5, "many are refused")
+        for _ in range(5):
+            assert _seconds(lambda: node.get("/health")) < 1
+        eventually(lambda: len(_answered(confirms)) == 150, 12, "the others wait for a bounded time")
+        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in _answered(confirms))
+
+
+def test_what_took_long_to_arrive_may_be_confirmed_late(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    uuid, port = node.prepare_put("s4://b/000")
+    with node.dial(port) as connection:
+        for _ in range(13):
+            connection.sendall(b"x")
+            time.sleep(1)
+    time.sleep(11)  # more than the ten seconds that there are for others
+    assert node.confirm_put(uuid, 13 * b"x").status == 200
 
 
 def test_a_client_asks_a_busy_node_again_until_it_is_served(start_cluster: Start) -> None:
@@ -738,6 +765,82 @@ def test_more_connections_than_descriptors_are_no_errors(start_cluster: Start) -
     assert node.get("/health", timeout=10).status == 200
     assert node.put("s4://b/000", b"x").status == 200
     assert "accept() threw" not in node.log
+
+
+@contextlib.contextmanager
+def _without_descriptors(node: Node) -> Iterator[None]:
+    """Nothing more can be opened by the node, which has no gaps among its descriptors."""
+    own = resource.prlimit(node.pid, resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir(f"/proc/{node.pid}/fd")))
+    first_free = next(fd for fd in range(len(taken) + 1) if fd not in taken)
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, (first_free, own[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(node.pid, resource.RLIMIT_NOFILE, own)
+
+
+def test_a_moment_without_descriptors_is_told_and_passes(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    connection = http.client.HTTPConnection(node.host, node.port, timeout=20)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    before = len(node.log)
+    with _without_descriptors(node):
+        connection.request("POST", "/sql", b"select 1")
+        answer = connection.getresponse()
+        assert (answer.status, b"too many files are open" in answer.read()) == (429, True)
+        client = cluster.start_s4("sql", "select 7 as seven", "--format", "csv")
+        eventually(lambda: "a connection has to wait" in node.log, 10)
+        time.sleep(1)  # in which it is tried again and again
+        assert len(node.log) - before < 10_000
+    out, err = client.communicate(timeout=20)
+    assert (client.returncode, err) == (0, b"") and out.splitlines()[1:] == [f"{node},7".encode()]
+    connection.close()
+
+
+def test_files_that_cannot_be_removed_now_are_removed_soon(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put_all({f"s4://b/d/{i:03}": b"x" for i in range(5)})
+    connection = http.client.HTTPConnection(node.host, node.port, timeout=20)
+    for path in ("/list?prefix=s4://b/", "/delete?prefix=s4://b/d/000"):  # which opens what is kept open
+        connection.request("GET" if "list" in path else "POST", path)
+        connection.getresponse().read()
+    with _without_descriptors(node):
+        connection.request("POST", "/delete?prefix=s4://b/d/&recursive=true")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b"deleted")
+        assert len(list(node.data.glob("b/d/*"))) == 4
+        assert node.rows("select prefix from removals") == [("b/d/",)]
+    eventually(lambda: not (node.data / "b").exists(), 10)
+    eventually(lambda: node.rows("select * from removals") == [], 5)
+    connection.close()
+
+
+def test_a_file_that_can_be_no_key_keeps_no_node_from_starting(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/in/000", b"x")
+    client = cluster.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 600.03")
+    eventually(lambda: _sleeping("600.03"), 10)
+    node.kill()
+    assert client.wait(30) == 3
+    odd = os.fsencode(node.data) + b"/b/out/caf\xe9"
+    os.makedirs(os.path.dirname(odd), exist_ok=True)
+    with open(odd, "wb"), open(node.data / "b" / "out" / "left", "wb"):
+        pass
+    node.start()
+    assert os.listdir(os.path.dirname(odd)) == [b"caf\xe9"]
+    os.unlink(odd)
+
+
+def test_what_bash_takes_from_the_environment_of_a_node_changes_no_command(start_cluster: Start) -> None:
+    environment = {"SHELLOPTS": "errexit:noexec:xtrace", "BASHOPTS": "failglob", "OLDPWD": "/usr"}
+    cluster = start_cluster(1, env=environment)
+    cluster.put_all({f"s4://b/in/{i}": b"1\n" for i in range(4)})
+    cluster.s4("map", "s4://b/in/", "s4://b/out/", "sed s/1/2/ | sort; echo ${OLDPWD-none}; echo no*such >&2")
+    assert set(cluster.contents("s4://b/out/").values()) == {b"2\nnone\n"}
+    (node,) = cluster.nodes
+    assert set(node.rows("select stderr from stderrs")) == {(b"no*such\n",)}
 
 
 def test_only_a_connection_without_a_request_is_closed_for_being_idle(start_cluster: Start) -> None:

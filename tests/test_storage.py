@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from s4 import storage as storage_module
 from s4.errors import ConflictError, MissingError
 from s4.storage import Storage
 
@@ -72,4 +73,24 @@ def test_a_folder_that_cannot_be_read_is_left_alone(
     monkeypatch.setattr(os, "scandir", refuse)
     assert list(storage.walk()) == ["b/key"]
     assert "left alone: 'closed': Permission denied" in caplog.text
+    storage.close()
+
+
+def test_what_cannot_be_removed_is_told_and_keeps_no_node_from_starting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(str(folder))
+    for name in ("_tempdirs/stuck", "_tempdirs/other", "_tempfiles/other"):
+        (folder / name).mkdir()
+    really = storage_module.remove_tree
+
+    def remove(path: str) -> None:
+        if path.endswith("stuck"):  # as by `chattr +i`, or of another user
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        really(path)
+
+    monkeypatch.setattr(storage_module, "remove_tree", remove)
+    storage.empty_temporary()
+    assert "_tempdirs/stuck stays until the next start" in caplog.text
+    assert [path.name for path in folder.glob("_temp*/*")] == ["stuck"]
     storage.close()
