@@ -107,7 +107,9 @@ class Follower:
         ]
 
     def _stop_others(self, summary: JobSummary, others: list[str]) -> None:
-        if any(part.state in (FAILED, CANCELLED, INTERRUPTED, LOST, MISSING) for part in summary.nodes):
+        # One that is missing but never was there may yet come, from whoever submits the job.
+        parts = [part for part in summary.nodes if part.state != MISSING or self._shares[part.node]]
+        if any(part.state in (FAILED, CANCELLED, INTERRUPTED, LOST, MISSING) for part in parts):
             self._cancelled = True
             for node in others:
                 # Not waited for: the share's end will be seen.

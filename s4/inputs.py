@@ -78,15 +78,15 @@ class Inputs:
             return self._target + name_of(path) + "/"
         return self._target + group_name(prefix_of(name_of(path)), map(name_of, self.group(path) or [path]))
 
-    def exists(self, path: str) -> bool:
+    def exists(self, path: str, besides: Maker | None = None) -> bool:
         """Whether the output for an input exists already.
 
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
-        or of which nothing is known any more.
+        or of which nothing is known any more; what `besides` made does not count.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
-        made = self._made_from(path)
+        made = [found for found in self._made_from(path) if found[0] != besides]
         states = [state for _maker, origin, state in made if origin == path]
         if states:
             return DONE in states or RUNNING in states

@@ -176,7 +176,8 @@ class Jobs:
     def newest(self, prefix: str, limit: int, *, running: bool) -> list[ShareRow]:
         """The newest shares whose id starts with `prefix`; of those that run all, if `running`."""
         if running:
-            return [share.row() for share in list(self._running.values()) if share.job.id.startswith(prefix)]
+            rows = [share.row() for share in list(self._running.values()) if share.job.id.startswith(prefix)]
+            return [row for row in rows if row.state == RUNNING]  # others ended, which cannot be recorded yet
         rows = self._services.jobs.shares(prefix, limit)
         return [self.status(row.job.id) if row.state == RUNNING else row for row in rows]
 

@@ -185,8 +185,12 @@ def _segment_matcher(pattern: str) -> Callable[[str], bool]:
     import re
     from fnmatch import translate  # only jobs with a glob need them
 
-    # At the beginning of a set, bash takes `^` for what fnmatch spells `!`.
-    pattern = re.sub(r"\[([!^]?)(\]?[^]]*\])", lambda s: f"[{'!' if s[1] else ''}{s[2]}", pattern)
+    # At the beginning of a set, bash takes `^` for what fnmatch spells `!`. A `[` that begins none is itself.
+    pattern = re.sub(
+        r"\[(?:([!^]?+)(\]?+[^]]*\]))?",
+        lambda s: f"[{'!' if s[1] else ''}{s[2]}" if s[2] else "[[]",
+        pattern,
+    )
     compiled = re.compile(translate(pattern))
     return lambda segment: compiled.match(segment) is not None
 

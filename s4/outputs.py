@@ -60,4 +60,4 @@ class Outputs:
             try:
                 return caller.call(method, path, {"prefix": url(self._outdir)}, body)
             except StoppingError as e:  # it is not this node that stops
-                raise NodeError(server, str(e)) from e
+                raise NodeError(server, str(e).removeprefix(f"{server}: ")) from e

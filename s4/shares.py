@@ -233,7 +233,18 @@ class Share:
         last = -1
         while waiting := self._services.jobs.waiting(self.job.id, last, READ_TASKS):
             makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
-            self._inputs.outputs.remove(makers)
+            others: list[Maker] = []
+            if self.job.skip_existing:  # another job may have done it since
+                for (task, attempt), own in zip(waiting, makers, strict=True):
+                    if self._inputs.exists(task.input, besides=own):
+                        self._counts.skipped += 1
+                        self._changes.append(TaskChange(task.task, SKIPPED, attempt))
+                    else:
+                        others += self._inputs.half_made(task.input)
+            self._inputs.outputs.remove(makers + others)
+            if self._changes:
+                self._services.jobs.progress(self.job.id, self._changes, self._counts)
+                self._changes.clear()
             last = waiting[-1][0].task
             self._check_cancelled()
 
@@ -447,13 +458,12 @@ class Share:
 
         if not here:
             return refused
-        before = list(self._changes)
+        before = list(self._changes), replace(self._counts)
         try:
             self._services.transfers.publish(here, record)
         except S4Error:
-            self._changes = (
-                before  # what was rolled back is not done; what failed before is still to be recorded
-            )
+            # What was rolled back is not done; what failed before is still to be recorded.
+            self._changes, self._counts = before
             raise
         self._changes.clear()
         return refused

@@ -348,6 +348,24 @@ def test_an_input_whose_attempt_ended_badly_is_not_skipped(cluster: Cluster, buc
     assert "6 skipped" in cluster.s4(*arguments, "--skip-existing").err
 
 
+def test_a_retry_that_skips_what_exists_leaves_alone_what_another_job_has_done(
+    cluster: Cluster, bucket: str, indir: str, folder: Path
+) -> None:
+    bad = folder / "bad"
+    bad.touch()
+    command = f"[ $filename != 001 ] || [ ! -e {bad} ]; cat > p; echo > q-$S4_JOB; ls"
+    arguments = ["map-to-n", indir, f"{bucket}/out/", command, "--keep-going", "--skip-existing"]
+    first = _json(cluster, *arguments, code=1)
+    assert (first["done"], first["failed"]) == (5, 1)
+    bad.unlink()
+    assert _json(cluster, *arguments)["skipped"] == 5
+    made = cluster.keys(f"{bucket}/out/")
+    again = _json(cluster, "retry", first["job"])
+    assert (again["done"], again["failed"], again["skipped"], again["state"]) == (5, 0, 1, "done")
+    assert cluster.keys(f"{bucket}/out/") == made
+    assert "6 skipped" in cluster.s4(*arguments).err
+
+
 def test_an_input_of_the_same_name_in_another_folder_is_not_skipped(cluster: Cluster, bucket: str) -> None:
     arguments = ["map-to-n", f"{bucket}/in/", f"{bucket}/out/", "read x; echo 1 > $x; echo $x"]
     for day in ("one", "two", "three"):

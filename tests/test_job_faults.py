@@ -182,8 +182,12 @@ def test_an_interrupt_says_which_node_could_not_be_told(three: Cluster) -> None:
     eventually(lambda: not procs.running("sleep\x007200.5"), 5)
 
 
+def _index(node: Node) -> sqlite3.Connection:
+    return sqlite3.connect(node.data / "_index" / "node.db", isolation_level=None)
+
+
 def _rename_table(node: Node, table: str, to: str) -> None:
-    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as index:
+    with contextlib.closing(_index(node)) as index:
         index.execute(f"ALTER TABLE {table} RENAME TO {to}")
 
 
@@ -223,6 +227,44 @@ def test_an_end_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> Non
     eventually(lambda: broken.rows("select state from jobs where id = ?", job) == [("failed",)], 10)
     three.s4("retry", job)
     assert three.contents("s4://b/out/") == three.contents("s4://b/in/")
+
+
+def test_waiting_for_a_job_that_not_all_nodes_have_got_lets_it_run(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 3)
+    hold = three.work / "hold"
+    hold.touch()
+    command = f"{_mark(three)}while [ -e {hold} ]; do sleep 0.02; done; cat"
+    job = {"job": "some", "cmd": command, "indir": "s4://b/in/", "outdir": "s4://b/out/", "detach": True}
+    assert three.nodes[0].post_json("/map", job).status == 200
+    waiting = three.start_s4("wait", "some", "--json")
+    # Both nodes that have nothing of it were asked twice, and so are taken to be without.
+    eventually(lambda: all(node.log.count("GET /job?job=some") >= 2 for node in three.nodes[1:]), 20)
+    time.sleep(1)  # in which it could be cancelled
+    assert _state(three.nodes[0], "some")["state"] == "running"
+    hold.unlink()
+    out, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == 1 and "missing" in err.decode(), err
+    assert [part["state"] for part in json.loads(out)["nodes"]] == ["done", "missing", "missing"]
+    assert three.keys("s4://b/out/") == ["s4://b/out/000"]
+
+
+def test_a_job_that_ended_without_a_record_of_it_does_not_overlap(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 3)
+    arguments = ["map", "s4://b/in/", "s4://b/out/", "cat", "--no-overlap"]
+    for node in three.nodes:
+        with contextlib.closing(_index(node)) as db:
+            db.execute(
+                "create trigger full before update of finished_s on jobs"
+                " begin select raise(abort, 'no room'); end"
+            )
+    three.s4(*arguments)
+    assert all("its end is not recorded: " in node.log for node in three.nodes)
+    again = three.run(*arguments)
+    assert again.code == 1 and "is still running" not in again.err and "key exists already" in again.err
+    for node in three.nodes:
+        with contextlib.closing(_index(node)) as db:
+            db.execute("drop trigger full")
+        eventually(lambda node=node: node.rows("select 1 from jobs where finished_s is null") == [], 10)  # type: ignore[misc]
 
 
 def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
@@ -524,12 +566,13 @@ def test_what_could_not_be_committed_is_not_done_and_what_failed_before_stays_fa
     cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
     (node,) = cluster.nodes
     cluster.put_all({"s4://b/in/000": b"bad", "s4://b/in/001": b"good"})
-    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db", isolation_level=None)) as db:
+    with contextlib.closing(_index(node)) as db:
         db.execute(
             "create trigger full before update of state on tasks when new.state = 'done'"
             " begin select raise(abort, 'no room'); end"
         )
-        assert cluster.run("map", "s4://b/in/", "s4://b/out/", "grep good", "--keep-going").code == 1
+        failed = cluster.run("map", "s4://b/in/", "s4://b/out/", "grep good", "--keep-going")
+        assert failed.code == 1 and "0/2 tasks done, 1 failed" in failed.fatal
         db.execute("drop trigger full")
     eventually(lambda: node.rows("select state from jobs") == [("failed",)], 10)
     assert [state for (state,) in node.rows("select state from tasks order by task")] == [

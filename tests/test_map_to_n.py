@@ -102,6 +102,7 @@ def test_a_bad_path_fails_the_job_and_makes_no_key(cluster: Cluster, bucket: str
             "mkdir d; ln -s /etc/hostname link; printf 'd/../%.0s' {1..790}; echo link",
             "which leaves its folder",
         ),
+        ("d=$PWD; cd ..; rmdir $d; ln -s /etc $d; echo hostname", "is no folder any more"),
         ("mkdir d; echo d", "'d', which is not a file"),
         ("echo .", "'.', which is not a file"),
         ("ln -s loop loop; echo loop", "'loop': Too many levels of symbolic links"),

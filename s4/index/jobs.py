@@ -111,6 +111,7 @@ class TaskChange(NamedTuple):
     stderr: bytes = b""
 
 
+# The fields of a JobRow, in their order.
 _JOB = "id, kind, indir, outdir, command, timeout_s, retries, keep_going, skip_existing, run, alone"
 _SHARE = (
     f"SELECT {_JOB}, state, listed, tasks, done, failed, cancelled, skipped, bytes_in, bytes_out,"
@@ -140,25 +141,11 @@ class JobIndex:
 
     def begin(self, job: JobRow) -> None:
         """Record that a share begins, its tasks not yet known."""
+        fields = vars(job) | {"command": _stored_text(job.command)}
+        values = [*fields.values(), RUNNING, 0, time.time()]
+        places = ", ".join("?" * len(values))
         with self._db.write() as db:
-            db.execute(
-                f"INSERT INTO jobs ({_JOB}, state, listed, started_s)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'running', 0, ?)",
-                (
-                    job.id,
-                    job.kind,
-                    job.indir,
-                    job.outdir,
-                    _stored_text(job.command),
-                    job.timeout,
-                    job.retries,
-                    job.keep_going,
-                    job.skip_existing,
-                    job.run,
-                    job.alone,
-                    time.time(),
-                ),
-            )
+            db.execute(f"INSERT INTO jobs ({_JOB}, state, listed, started_s) VALUES ({places})", values)
 
     def begin_again(self, job_id: str, run: int) -> None:
         """Make what failed, was cancelled or was lost wait again; tasks that were never all listed go."""

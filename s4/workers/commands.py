@@ -129,6 +129,8 @@ def _named_files(listing: str, folder: str, target: str) -> tuple[dict[str, str]
             return {}, f"it printed {size} bytes: the names of files are expected, not what is in them"
         printed = [line for line in f.read().split(b"\n") if line.strip()]
     top = os.path.realpath(folder)
+    if top != folder and printed:
+        return {}, f"{folder} is no folder any more: the command has put something else there"
     folders = {top: top}
     found: dict[str, str] = {}
     paths: set[str] = set()

@@ -39,7 +39,7 @@ while read -r; do
         cd -- "${s4_job[0]}" || exit;
         export "${s4_job[@]:5}";
         s4_command=${s4_job[4]};
-        unset s4_job;
+        unset s4_job OLDPWD;
         set --;
         set +m;
         if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)(\ |$) ]]; then
@@ -60,6 +60,7 @@ while read -r; do
     echo "$s4_status";
 done 2>/dev/null
 """.replace("\n", " ")
+_NOT_FOR_BASH = ("BASH_ENV", "SHELLOPTS", "BASHOPTS")  # they would change the loop: errexit ends it
 _TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in /proc, a second
 # How often memory is looked at: after half of the time that the command has run. A look costs 0.1 to 0.3 ms,
 # and many commands may run at once.
@@ -164,7 +165,7 @@ class Shell:
     def _start(self) -> None:
         stdin, self._stdin = os.pipe()
         self._status, stdout = os.pipe()
-        environment = {name: value for name, value in os.environ.items() if name != "BASH_ENV"}
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_BASH}
         with os.fdopen(stdin, "rb") as r, os.fdopen(stdout, "wb") as w, open(os.devnull, "wb") as null:
             bash: Any = sh.bash  # its types know lists of exit codes, not ranges
             self._process = bash(
