@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 GRACE_SECONDS = 30.0  # how much longer than a command's time limit its answer may take
+NOTICE_SECONDS = 0.1  # how soon a Ctrl-C is noticed that another thread takes, as after a pause (SIGSTOP)
 SILENCE_SECONDS = 5.0  # a node that is silent for so long when it should answer at once is down
 
 
@@ -45,24 +46,25 @@ def at_once(
     for pair in enumerate(servers):
         start_new_thread(run, pair)
     for left in range(len(servers) - 1, -1, -1):
-        error = ended.get()
+        [error] = _next(ended, 1, float("inf"))
         if error is not None:
             on_failure()
-            _wait(ended, left)
+            _next(ended, left, time.monotonic() + GRACE_SECONDS)
             raise error
     return [results[i] for i in range(len(servers))]
 
 
-def _wait(ended: SimpleQueue[BaseException | None], calls: int) -> None:
-    """Wait for the end of so many calls, but not for long."""
+def _next(ended: SimpleQueue[BaseException | None], calls: int, until: float) -> list[BaseException | None]:
+    """What so many calls failed with, as they end, but for no longer than `until` (monotonic)."""
     from _queue import Empty
 
-    give_up = time.monotonic() + GRACE_SECONDS
-    try:
-        for _ in range(calls):
-            ended.get(timeout=max(0.0, give_up - time.monotonic()))
-    except Empty:
-        pass
+    found: list[BaseException | None] = []
+    while len(found) < calls and time.monotonic() < until:
+        try:
+            found.append(ended.get(timeout=NOTICE_SECONDS))
+        except Empty:
+            pass
+    return found
 
 
 def each(call: Callable[[str], T], servers: Sequence[str]) -> dict[str, T | UnreachableError]:

@@ -85,15 +85,13 @@ def _exit_code(words: Sequence[str]) -> int:
         say(f"fatal: interrupted{': ' if e.args else ''}{e}")
         return EXIT_INTERRUPTED
     except S4Error as e:
-        if os.environ.get("S4_DEBUG") == "1":
-            raise
+        _show_place()
         for line in getattr(e, "failures", []):
             say(f"failed: {line}")
         say(f"fatal: {e}")
         return e.exit_code
     except Exception as e:
-        if os.environ.get("S4_DEBUG") == "1":
-            raise
+        _show_place()
         from errno import errorcode  # here, for most commands do without
 
         # What happens to another file than stdout is an S4Error.
@@ -102,6 +100,17 @@ def _exit_code(words: Sequence[str]) -> int:
         else:
             say(f"fatal: {str(e) or repr(e)}; S4_DEBUG=1 shows where")
         return EXIT_FAILED
+
+
+def _show_place() -> None:
+    """Of the error that is handled, where it arose, if that is asked for."""
+    if os.environ.get("S4_DEBUG") == "1":
+        import traceback
+
+        try:
+            traceback.print_exc()
+        except OSError:  # as in `say`
+            pass
 
 
 def _open_standard_streams() -> None:

@@ -79,6 +79,8 @@ def copy(client: "Client", src: str, dst: str, recursive: bool) -> None:
 
 
 def _put(client: "Client", src: str, dst: str) -> None:
+    if os.path.isdir(src):
+        raise LocalFileError(f"{src} is a folder: use cp -r")
     if dst.endswith("/"):
         if src == "-":
             raise BadRequestError(f"{dst} is a folder, and stdin has no name: write s4://BUCKET/KEY")
@@ -88,10 +90,10 @@ def _put(client: "Client", src: str, dst: str) -> None:
         source = 0 if src == "-" else os.open(src, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(source)
-            if stat.S_ISDIR(status.st_mode):
-                raise LocalFileError(f"{src} is a folder: use cp -r")
-            # Files of /proc claim to be empty; pipes and a stdin that was read from have no size either.
-            size = status.st_size if src != "-" and stat.S_ISREG(status.st_mode) else 0
+            # Files of /proc claim to be empty, those of /sys to fill a page, but have no blocks; pipes and a
+            # stdin that was read from have no size either.
+            known = src != "-" and stat.S_ISREG(status.st_mode) and status.st_blocks
+            size = status.st_size if known else 0
             if not size:
                 widen_pipe(source)
             with client.caller(client.server_of(path)) as caller:
@@ -151,7 +153,7 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
         finally:
             if temporary:
                 # A Ctrl-C may come just before it is there, or just after it was renamed.
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # in a closed folder it cannot even be looked for
                     os.unlink(temporary)
             _remove_folders(made)
 

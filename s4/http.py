@@ -282,6 +282,8 @@ class Caller:
                 text = response.read().decode("utf-8", "replace").strip()
             if response.status != 429 or time.monotonic() + pause > give_up:
                 message = text or f"{self.server} answered {response.status} without a reason"
+                if response.status in (429, 503) and text:  # what is wrong with the node, not with a key
+                    message = f"{self.server}: {text}"
                 raise ERROR_OF_STATUS.get(response.status, S4Error)(" ".join(message.split()))
             self._pause(pause * (0.5 + os.urandom(1)[0] / 512))  # callers must not come back all at once
             pause = min(pause * 2, _LONGEST_PAUSE)

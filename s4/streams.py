@@ -78,18 +78,7 @@ class Incoming:
         total = reserved = 0
         if reserve and size is not None:
             preallocate(target, 0, size)
-        while size is None or total < size:
-            if self._start == self._end:
-                try:
-                    self._start, self._end = 0, self._sock.recv_into(self._buffer)
-                except OSError as e:
-                    raise _broken(e) from e
-                if self._end == 0:
-                    break
-            stop = self._end if size is None else min(self._end, self._start + size - total)
-            chunk = self._buffer[self._start : stop]
-            self._start = stop
-            self.taken += len(chunk)
+        while chunk := self._next(None if size is None else size - total):
             total += len(chunk)
             if reserve and size is None and total > max(reserved, BLOCK):
                 try:
@@ -107,9 +96,22 @@ class Incoming:
         return total, format(digest.intdigest(), "x")
 
     def skip(self, size: int) -> None:
-        """Read and discard the next `size` bytes."""
-        with open(os.devnull, "wb") as nowhere:
-            self.copy(nowhere.fileno(), size)
+        """Read and discard the next `size` bytes. Raises TransferError as `copy` does."""
+        while chunk := self._next(size):
+            size -= len(chunk)
+
+    def _next(self, most: int | None) -> memoryview:
+        """The next bytes, no more than `most`; none at the end."""
+        if self._start == self._end and most != 0:
+            try:
+                self._start, self._end = 0, self._sock.recv_into(self._buffer)
+            except OSError as e:
+                raise _broken(e) from e
+        stop = self._end if most is None else min(self._end, self._start + most)
+        chunk = self._buffer[self._start : stop]
+        self._start = stop
+        self.taken += len(chunk)
+        return chunk
 
 
 def write_all(target: int, data: memoryview) -> None:

@@ -287,6 +287,15 @@ def test_a_server_that_falls_silent_is_given_up(serve: Callable[..., Server], an
     assert 0.25 < time.monotonic() - began < 3
 
 
+def test_a_late_answer_is_not_taken_for_that_to_the_next_request(serve: Callable[..., Server]) -> None:
+    head = OK + b"Content-Length: 5\r\n\r\n"
+    server = serve([b"", head + b"first"], [head + b"other"])
+    with _caller(server) as caller:
+        with pytest.raises(NodeError, match="no answer in time"):
+            caller.call("GET", "/first", silence=0.3)
+        assert caller.call("GET", "/other") == b"other"
+
+
 def test_a_server_that_hangs_up_or_is_not_there_cannot_be_reached(serve: Callable[..., Server]) -> None:
     server = serve([HANG_UP])
     with _caller(server) as caller, pytest.raises(NodeError, match="cannot be reached: it closed"):

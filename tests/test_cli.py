@@ -1,8 +1,10 @@
 """The command line: every argument as typed, help, exit codes, one line for an error, quiet ends."""
 
+import contextlib
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +251,33 @@ def test_errors_have_a_traceback_only_when_asked_for(cluster: Cluster) -> None:
     assert cluster.fails(*arguments, code=1, env={"S4_DEBUG": "0"})
     debugged = cluster.run(*arguments, env={"S4_DEBUG": "1"})
     assert debugged.code == 1 and "Traceback" in debugged.err
+    assert cluster.run("no-such-command", env={"S4_DEBUG": "1"}).code == 2
+
+
+def test_a_signal_that_comes_while_the_client_stands_still_ends_it_when_it_goes_on(
+    cluster: Cluster, folder: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
+        (folder / "conf").write_text("".join(f"127.0.0.1:{s.getsockname()[1]}\n" for s in silent))
+        for _ in range(5):  # which thread takes the signal is a matter of chance
+            client = cluster.start_s4("rm", "-r", "s4://b/", env={"S4_CONF_PATH": str(folder / "conf")})
+            for listener in silent:
+                stack.enter_context(listener.accept()[0])
+            client.send_signal(signal.SIGSTOP)
+            stat = Path(f"/proc/{client.pid}/stat")
+            eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 5)  # noqa: B023
+            client.send_signal(signal.SIGTERM)  # as by `kill %1` of a shell
+            client.send_signal(signal.SIGCONT)
+            assert client.wait(5) == 130
+
+
+def test_errors_that_are_debugged_say_all_that_they_say_otherwise(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000", b"x")
+    arguments = ["map", f"{bucket}/in/", f"{bucket}/out/", "echo no >&2; exit 3"]
+    debugged = cluster.run(*arguments, env={"S4_DEBUG": "1"})
+    assert debugged.code == 1 and "Traceback" in debugged.err
+    assert f"\nfailed: {bucket}/in/000 on " in debugged.err and "\nfatal: job " in debugged.err
 
 
 def test_odd_characters_in_an_error_do_not_break_its_line(cluster: Cluster, folder: Path) -> None:

@@ -694,6 +694,27 @@ def test_ctrl_c_during_an_upload_leaves_no_key(cluster: Cluster, bucket: str) ->
     assert cluster.keys(bucket) == []
 
 
+def test_a_file_that_does_not_have_the_size_it_claims_is_copied_whole(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    with open(folder / "sparse", "wb") as f:
+        f.truncate(3_000_000)
+    sources = ["sparse", "/proc/version"]
+    sources += [path for path in ("/sys/kernel/mm/transparent_hugepage/enabled",) if os.path.exists(path)]
+    for i, source in enumerate(sources):
+        cluster.s4("cp", source, f"{bucket}/{i}", cwd=folder)
+        assert cluster.get(f"{bucket}/{i}") == (folder / source).read_bytes()
+
+
+def test_a_failed_download_leaves_no_folder_where_not_even_its_file_can_be_looked_for(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/000", b"x")
+    deep = "/".join(["d" * 250] * 20)[: 4080 - len(str(folder))].rstrip("/")
+    assert "too long" in cluster.fails("cp", f"{bucket}/000", f"{deep}/x", cwd=folder, code=1)
+    assert list(folder.iterdir()) == []
+
+
 def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(
     cluster: Cluster, bucket: str, folder: Path
 ) -> None:
