@@ -3,29 +3,43 @@
 Start-up is most of a short command, and imports are most of the start.
 """
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import procs
 import pytest
-from cluster import Cluster, write_tree
+from cluster import HOST, Cluster, free_port, write_tree
+from reference import checksum_of
 
+from s4.config import Conf, Server
 from s4.index import Database, JobIndex, JobRow, KeyIndex, NewKey, NewTask
+from s4.node import Limits, Node
 from s4.storage import Storage
+from s4.transfers import Finished
+from s4.workers import transfers
+from s4.workers.commands import Commands
+from s4.workers.scratch import Scratch
+from s4.workers.tasks import Command, Receive, StoredFile
 
 # The script that pip makes of it does this, and depending on pip imports `re` before.
 S4 = ("-c", "from s4.cli import main; main()")
 # Besides what Python imports for itself: 42 with 3.11, 43 with 3.13. One more is 0.2 to 3 ms: look for
 # another way before you raise it.
 MOST_FOR_SERVERS = 43
+# Calls of the system by a worker for a command, without those of bash.
+MOST_FOR_COMMAND = 32
 # Easily taken along, and 1 to 40 ms each.
 NEVER = {
     "argparse",
@@ -152,6 +166,30 @@ def test_many_small_files_are_copied_in_few_round_trips(three: Cluster) -> None:
     assert removed == {"/delete": 3}
 
 
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("cp FILE s4://b/single/new", {"/prepare_put": 1, "/confirm_put": 1}),
+        ("cp s4://b/single/000 -", {"/prepare_get": 1, "/confirm_get": 1}),
+        ("eval s4://b/single/000 cat", {"/eval": 1}),
+        ("rm s4://b/single/001", {"/delete": 1}),
+        ("ls s4://b/single/", {"/list": 3}),
+        ("ls -r s4://b/single/", {"/list": 3}),
+        ("health", {"/health": 3}),
+        ("servers", {}),
+    ],
+)
+def test_a_command_makes_no_request_that_it_could_do_without(
+    three: Cluster, command: str, expected: dict[str, int]
+) -> None:
+    three.run("rm", "-r", "s4://b/single/")
+    three.put_all({"s4://b/single/000": b"x", "s4://b/single/001": b"x"})
+    write_tree(three.work, {"FILE": b"x"})
+    with _requests(three) as made:
+        three.s4(*command.split())
+    assert made == expected
+
+
 def test_a_shuffle_speaks_with_nodes_and_not_for_files(three: Cluster) -> None:
     three.put_all({f"s4://b/in/{i:03}": b"" for i in range(12)})
     for files in (10, 100):
@@ -186,6 +224,137 @@ def test_commands_share_a_few_shells(three: Cluster) -> None:
     for position, node in enumerate(three.nodes):
         shells = {three.get(f"s4://b/shells/{i:03}") for i in range(position, 90, 3)}
         assert len(shells) <= 4, f"{node}: a new bash for each command costs three times as much"
+
+
+def test_a_command_is_one_process_below_a_kept_shell(three: Cluster) -> None:
+    """A program with plain arguments is the subshell of its task, anything else runs in it."""
+    three.put_all({f"s4://b/tree/{i:03}": b"" for i in range(12)})
+    three.s4("map", "s4://b/tree/", "s4://b/plain/", "cat /proc/self/stat")
+    three.s4("map", "s4://b/tree/", "s4://b/line/", "cat /proc/$BASHPID/stat; true")
+    for node in three.nodes:
+        below = procs.descendants(node.pid)
+        workers = {process.pid for process in below if process.is_python}
+        kept = {process.pid for process in below if process.parent in workers and not process.is_python}
+        for i in range(three.nodes.index(node), 12, 3):
+            for outdir in ("plain", "line"):
+                parent = int(three.get(f"s4://b/{outdir}/{i:03}").rpartition(b")")[2].split()[1])
+                assert parent in kept, f"a task of s4://b/{outdir}/ costs another fork"
+
+
+class _Calls:
+    """Counts what this process asks of the operating system by the functions of `os`."""
+
+    def __init__(self) -> None:
+        self.counted: Counter[str] = Counter()
+        for name, function in list(vars(os).items()):
+            if isinstance(function, types.BuiltinFunctionType) and name not in ("fspath", "getpid"):
+                setattr(os, name, self._counting(name, function))
+
+    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            self.counted[name] += 1
+            return function(*arguments, **options)
+
+        return counting
+
+    def of(self, action: Callable[[], object]) -> Counter[str]:
+        """What one action asks."""
+        before = self.counted.copy()
+        action()
+        return self.counted - before
+
+
+def _alone(what: str, folder: Path) -> Any:
+    """What a function of this file prints, in a process of its own, for it ends children that it finds."""
+    start = "import sys; sys.path.insert(0, sys.argv[1]); import test_work; getattr(test_work, sys.argv[2])()"
+    argv = [sys.executable, "-c", start, str(Path(__file__).parent), what]
+    done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+def count_calls_of_commands() -> None:
+    """Two commands of different kinds, each after one like it."""
+    here = os.getcwd()
+    for name in ("run", "dirs", "files"):
+        os.mkdir(name)
+    write_tree(Path(here), {"input": b"x"})
+    commands = Commands(Scratch(f"{here}/run", os.getpid()))
+    calls = _Calls()
+    made = []
+    for i, line in enumerate(("cat", "cat", "cat; true", "cat; true")):
+        task = Command(line, f"{here}/dirs/{i}", f"{here}/files/{i}", "stdout", f"{here}/input")
+        made.append(calls.of(partial(commands.run, task)))
+    print(json.dumps(made[1::2]))
+    commands._shell._stop()
+
+
+def test_a_command_takes_few_system_calls_of_its_worker(folder: Path) -> None:
+    for made in _alone("count_calls_of_commands", folder):
+        assert sum(made.values()) <= MOST_FOR_COMMAND, made
+        assert not made.keys() & {"fsync", "fdatasync", "fork", "posix_spawn", "waitpid"}, made
+
+
+def _dialled(port: int) -> socket.socket:
+    return socket.create_connection((HOST, port), source_address=(HOST, 0))
+
+
+def count_calls_of_received_files() -> None:
+    """Of batches with 100 and with 200 files."""
+    calls = _Calls()
+    made = []
+    for count in (100, 200):
+        names = [f"{os.getcwd()}/{count}-{i}" for i in range(count)]
+        with socket.create_server((HOST, 0)) as listener, _dialled(listener.getsockname()[1]) as sender:
+            sender.sendall(bytes(10 * count))
+            fds = [os.dup(listener.fileno())]
+            task = Receive(names, [10] * count, HOST)
+            made.append(calls.of(partial(transfers.receive, task, fds, "arriving")))
+    print(json.dumps(made[1] - made[0]))
+
+
+def test_a_received_file_takes_few_system_calls(folder: Path) -> None:
+    made = _alone("count_calls_of_received_files", folder)
+    each = {"open", "write", "fchmod", "close", "rename"}
+    assert made == dict.fromkeys(each, 100)
+
+
+def count_calls_of_a_look_at_a_key() -> None:
+    """For its file and its size."""
+    storage = Storage("data")
+    write_tree(Path("data"), {"b/folder/below/000": b"x"})
+    calls = _Calls()
+    print(json.dumps(calls.of(lambda: storage.locate("b/folder/below/000"))))
+
+
+def test_the_file_of_a_key_is_found_in_four_system_calls(folder: Path) -> None:
+    made = _alone("count_calls_of_a_look_at_a_key", folder)
+    assert made == dict.fromkeys(("open", "readlink", "fstat", "close"), 1)
+
+
+def count_transactions_of_a_node() -> None:
+    """Of a batch of 200 outputs, of a put, and of a job with 40 tasks."""
+    conf = Conf((Server(HOST, free_port()),), "")
+    node = Node(conf, 0, HOST, "data", Limits(4, 4, 60, 10, 1))
+    files = [StoredFile(node.storage.temporary_file(str(i)), 0, "0") for i in range(200)]
+    for file in files:
+        Path(file.file).touch()
+    finished = [Finished(f"b/in/{i:03}", file) for i, file in enumerate(files)]
+    batch = _transactions(node.database, lambda: node.transfers.publish(finished))
+
+    def put() -> None:
+        prepared = node.transfers.prepare_put([("b/x", None, None)], HOST)
+        with _dialled(prepared.port) as sender:
+            sender.sendall(b"x")
+        assert node.transfers.confirm_put(prepared.uuid, [checksum_of(b"x")]) == [None]
+
+    single = _transactions(node.database, put)
+    print(json.dumps([batch, single]))
+    node.stop()
+
+
+def test_a_batch_and_a_put_take_few_transactions_of_their_node(folder: Path) -> None:
+    """The put's: that it began; and its key, which ends it."""
+    assert _alone("count_transactions_of_a_node", folder) == [1, 2]
 
 
 def test_new_files_are_made_where_few_were_removed(three: Cluster) -> None:
