@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-GRACE_SECONDS = 30.0  # how much longer than a command's time limit its answer may take
+ANSWER_SECONDS = 30.0  # how long a node that has nothing to wait for may take to answer
 NOTICE_SECONDS = 0.1  # how soon a Ctrl-C is noticed that another thread takes, as after a pause (SIGSTOP)
 SILENCE_SECONDS = 5.0  # a node that is silent for so long when it should answer at once is down
 
@@ -49,7 +49,7 @@ def at_once(
         [error] = _next(ended, 1, float("inf"))
         if error is not None:
             on_failure()
-            _next(ended, left, time.monotonic() + GRACE_SECONDS)
+            _next(ended, left, time.monotonic() + ANSWER_SECONDS)
             raise error
     return [results[i] for i in range(len(servers))]
 
@@ -106,7 +106,7 @@ def ask(
     parameters: Mapping[str, str] | None = None,
     body: bytes | None = None,
     *,
-    silence: float = GRACE_SECONDS,
+    silence: float = ANSWER_SECONDS,
 ) -> bytes:
     """The answer of one server, which may be silent for so many seconds, but no longer than the client's time
     limit. Raises UnreachableError."""

@@ -6,7 +6,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from s4.asking import GRACE_SECONDS, at_once
+from s4.asking import ANSWER_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
 from s4.errors import BadRequestError, NonsenseError, S4Error
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
@@ -140,7 +140,7 @@ class Client:
                 "/eval",
                 parameters,
                 command,
-                silence=self._timeout + GRACE_SECONDS,
+                silence=self._timeout + ANSWER_SECONDS,
                 accept=(200, 400),
             )
             exitcode = response.getheader(EXITCODE_HEADER)

@@ -21,7 +21,7 @@ from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
 from s4.shares import Services, exit_text, signal_of
 from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
-from s4.text import STDERR_SHOWN, one_line
+from s4.text import with_said
 from s4.waiting import Gate, wait_for_slot
 from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Ran
@@ -111,9 +111,8 @@ class Evals:
                 self._record_failure(job, task, ticket, e)
             self._services.storage.discard(job.id)
             if isinstance(e, (MissingError, TimeLimitError, WorkerDiedError)) or type(e) is S4Error:
-                said = one_line(ticket.stderr.decode("utf-8", "replace"), STDERR_SHOWN)
                 # Who raised it knows the command, but not its key.
-                e.args = (f"{url(task.input)}: {e}{': ' if said else ''}{said}",)
+                e.args = (with_said(f"{url(task.input)}: {e}", ticket.stderr.decode("utf-8", "replace")),)
             raise
         return self._finished(job, task, ticket, ran)
 

@@ -83,6 +83,7 @@ class Inputs:
 
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
         or of which nothing is known any more; what `besides` made does not count.
+        Raises NodeError if a node does not answer.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
@@ -93,7 +94,8 @@ class Inputs:
         return any(origin is None for _maker, origin, _state in made)
 
     def half_made(self, path: str) -> list[Maker]:
-        """The tasks that made some of the outputs for an input of a shuffle, and did not end well."""
+        """The tasks that made some of the outputs for an input of a shuffle, and did not end well. Raises
+        NodeError if a node does not answer."""
         made = self._made_from(path)
         return [maker for maker, origin, state in made if origin == path and state not in (DONE, RUNNING)]
 

@@ -50,7 +50,7 @@ def parse_key(text: str) -> str:
 
 
 def parse_folder(text: str) -> str:
-    """The path of a folder, which must end in `/`: `s4://b/x/` gives `b/x/`."""
+    """The path of a folder, which must end in `/`: `s4://b/x/` gives `b/x/`. Raises BadRequestError."""
     path = _checked_path(text)
     if not path.endswith("/"):
         raise BadRequestError(f"{text}: a folder is needed here, it must end in '/'")
@@ -59,7 +59,7 @@ def parse_folder(text: str) -> str:
 
 
 def parse_prefix(text: str) -> str:
-    """The path of a prefix: any beginning of a key. Empty and `s4://` mean everything."""
+    """The path of a prefix: any beginning of a key. Empty and `s4://` mean everything. Raises BadKeyError."""
     path = _checked_path(text)
     if path:
         *whole, _last = path.split("/")

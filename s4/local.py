@@ -23,7 +23,8 @@ def run_local(nodes: int, folder: str) -> int:
     """Run `nodes` nodes until Ctrl-C or SIGTERM; the exit code, 0 after a stop that was asked for.
 
     `folder` gets s4.conf, and per node nodeN/s4_data and nodeN.log. An s4.conf that is there already is used
-    again, so that the data in the folder keeps its place. Raises S4Error if the nodes cannot start.
+    again, so that the data in the folder keeps its place. When a node ends, also at its start, the others are
+    stopped, and the exit code is 1. Raises S4Error if one cannot be started or does not answer.
     """
     folder = os.path.abspath(folder)
     conf = os.path.join(folder, "s4.conf")

@@ -2,7 +2,7 @@
 
 from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
 from s4.summary import JobSummary, Part, Task
-from s4.text import STDERR_SHOWN, duration, one_line, size
+from s4.text import duration, size, with_said
 
 
 def beginning(summary: JobSummary) -> str:
@@ -55,8 +55,7 @@ def ending(summary: JobSummary) -> str:
 def failure(task: Task) -> str:
     """What became of a failed task: key, node, exit code or signal, seconds, the end of its stderr."""
     key = task.input if task.inputs <= 1 else f"{task.input} and {task.inputs - 1} more"
-    said = one_line(task.stderr or "", STDERR_SHOWN)
-    return f"{key} on {task.node}: {how_it_ended(task)}{': ' if said else ''}{said}"
+    return with_said(f"{key} on {task.node}: {how_it_ended(task)}", task.stderr or "")
 
 
 def how_it_ended(task: Task) -> str:

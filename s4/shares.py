@@ -33,7 +33,7 @@ from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
 from s4.storage import Storage
-from s4.text import STDERR_SHOWN, one_line
+from s4.text import with_said
 from s4.transfers import Finished, Transfers
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
@@ -553,8 +553,8 @@ class Share:
         if self.failure is None:
             kind = ConflictError if isinstance(error, ConflictError) else CommandError
             where = f"{url(attempt.task.input)} on {self._services.server}"
-            said = one_line(change.stderr.decode("utf-8", "replace"), STDERR_SHOWN)
-            self.failure = kind(f"{where}: {change.error}{': ' if said else ''}{said}")
+            said = change.stderr.decode("utf-8", "replace")
+            self.failure = kind(with_said(f"{where}: {change.error}", said))
 
     def _record(self) -> None:
         """Write down, now and then, what is not yet recorded."""

@@ -40,6 +40,12 @@ def one_line(text: str, most: int) -> str:
     return " | ".join(lines)[-most:]
 
 
+def with_said(problem: str, stderr: str) -> str:
+    """What went wrong with a command, and the end of what it wrote to stderr."""
+    said = one_line(stderr, STDERR_SHOWN)
+    return f"{problem}: {said}" if said else problem
+
+
 def shortened(text: str, width: int) -> str:
     """A text that fits into so many columns, with an ellipsis if something is missing."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"

@@ -249,7 +249,8 @@ class Transfers:
         """Make finished files keys of this node, in few transactions.
 
         `also(db, outcome)` is called in each, with the outcome of its files. Returns per key None, or why it
-        was refused; the file is still there then.
+        was refused; the file is still there then. Raises S4Error if a transaction fails: those before it
+        hold.
         """
         outcome: list[S4Error | None] = []
         for start in range(0, len(files), TRANSACTION_KEYS):

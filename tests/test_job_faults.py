@@ -267,6 +267,19 @@ def test_a_job_that_ended_without_a_record_of_it_does_not_overlap(three: Cluster
         eventually(lambda node=node: node.rows("select 1 from jobs where finished_s is null") == [], 10)  # type: ignore[misc]
 
 
+def test_a_job_that_one_node_refuses_ends_on_all(three: Cluster) -> None:
+    _put(three, "s4://b/in/", 9)
+    refusing = three.nodes[1]
+    _rename_table(refusing, "jobs", "gone")
+    refused = three.run("map", "s4://b/in/", "s4://b/out/", "sleep 7200.7; cat", timeout=30)
+    _rename_table(refusing, "gone", "jobs")
+    assert refused.code == 1 and "no such table" in refused.fatal
+    eventually(lambda: not procs.running("sleep\x007200.7"), 10)
+    for node in (three.nodes[0], three.nodes[2]):
+        assert [state for (state,) in node.rows("select state from jobs")] in ([], ["cancelled"])
+    assert refusing.rows("select * from jobs") == []
+
+
 def test_with_keep_going_the_other_nodes_finish(three: Cluster) -> None:
     _put(three, "s4://b/in/", 60)
     client = three.start_s4("map", "s4://b/in/", "s4://b/out/", "sleep 0.3; cat", "--keep-going")

@@ -58,10 +58,10 @@ class Ticket:
         group: str = "",
         last_try: bool = False,
     ) -> None:
-        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread. `group` is the
-        job; tickets for which a request waits are a group together. Groups share the slots, so that neither
-        the thousands of a job nor a stream of requests keeps others waiting. `last_try`: when it fails, no
-        further command of its group is to start."""
+        """`time_limit` in seconds from the start; `on_done(ticket)` runs in the pool's thread, or where it is
+        submitted if the pool is stopping. `group` is the job; tickets for which a request waits are a group
+        together. Groups share the slots, so that neither the thousands of a job nor a stream of requests
+        keeps others waiting. `last_try`: when it fails, no further command of its group is to start."""
         self.kind = kind
         self.task = task
         self.fds = list(fds)
