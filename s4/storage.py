@@ -20,6 +20,7 @@ import logging
 import os
 import stat
 import sys
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
@@ -42,7 +43,8 @@ class Storage:
 
     def __init__(self, root: str) -> None:
         self.root = os.path.realpath(root)
-        if not self.root.isprintable():  # commands read and print paths, one a line
+        # Commands read and print paths, one a line. Cc are control characters, Cs what is no UTF-8.
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in self.root):
             raise S4Error(f"data folder {root!r}: its path must be valid UTF-8, without control characters")
         try:
             for name in ("_index", *_FLEETING_FOLDERS):
