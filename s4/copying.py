@@ -79,7 +79,7 @@ def copy(client: "Client", src: str, dst: str, recursive: bool) -> None:
 
 
 def _put(client: "Client", src: str, dst: str) -> None:
-    if os.path.isdir(src):
+    if src != "-" and os.path.isdir(src):
         raise LocalFileError(f"{src} is a folder: use cp -r")
     if dst.endswith("/"):
         if src == "-":

@@ -240,7 +240,7 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> Found:
         except UnreachableError as e:
             untold[server] = e
         except S4Error as e:
-            untold[server] = UnreachableError(server, str(e))
+            untold[server] = UnreachableError(server, str(e).removeprefix(f"{server}: "))
         else:
             if share is not None:
                 known[server] = share

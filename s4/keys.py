@@ -49,6 +49,15 @@ def parse_key(text: str) -> str:
     return path
 
 
+def is_key(path: str) -> bool:
+    """Whether a path below the data folder can be that of a key."""
+    try:
+        parse_key(path)
+    except BadKeyError:
+        return False
+    return True
+
+
 def parse_folder(text: str) -> str:
     """The path of a folder, which must end in `/`: `s4://b/x/` gives `b/x/`. Raises BadRequestError."""
     path = _checked_path(text)

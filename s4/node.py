@@ -16,7 +16,7 @@ from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, ShareR
 from s4.index.keys import ListRow
 from s4.index.query import run_query
 from s4.jobs import STOP_SECONDS, Jobs, outcome, row_of
-from s4.keys import owner, parse_folder, parse_key, parse_prefix, url
+from s4.keys import is_key, owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
 from s4.shares import Services
 from s4.storage import Storage
@@ -228,5 +228,5 @@ class Node:
 def _check_index_is_there(storage: Storage) -> None:
     """Raises S4Error if it is not, but files are: they would be no keys, and be written over."""
     path = storage.index_path
-    if not (os.path.exists(path) and os.path.getsize(path)) and any(storage.walk()):
+    if not (os.path.exists(path) and os.path.getsize(path)) and any(map(is_key, storage.walk())):
         raise S4Error(f"{path} is missing, but there are files: 's4-server reindex' makes keys of them again")

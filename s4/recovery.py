@@ -2,9 +2,9 @@
 
 import logging
 
-from s4.errors import BadKeyError, FullDiskError, S4Error
+from s4.errors import FullDiskError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, Underway
-from s4.keys import SCHEME, parse_key
+from s4.keys import SCHEME, is_key
 from s4.storage import Storage
 
 log = logging.getLogger("s4.recovery")
@@ -43,8 +43,4 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
 
 def _is_left(path: str, keys: KeyIndex) -> bool:
     """Whether a file is one of ours without a row; one whose name can be no key was put there by somebody."""
-    try:
-        parse_key(path)
-    except BadKeyError:
-        return False
-    return not keys.exists(path)
+    return is_key(path) and not keys.exists(path)

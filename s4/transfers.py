@@ -366,7 +366,7 @@ class Transfers:
             except BusyError as e:
                 self._pool.cancel(ticket, e)
                 raise
-        if ticket.done and not ticket.began_s:  # it failed without a slot, as when the node stops
+        if not ticket.began_s:  # it failed without a slot, as when the node stops
             ticket.result()
         return ticket
 

@@ -73,10 +73,7 @@ class WebServer:
 
 
 def _connection_limit() -> int:
-    """How many connections are accepted, so that half of the descriptors are left for all else.
-
-    If there is none, waitress tries to accept a connection again and again, with a traceback each time.
-    """
+    """How many connections are accepted, so that half of the descriptors are left for all else."""
     return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 

@@ -287,6 +287,13 @@ def test_a_server_that_falls_silent_is_given_up(serve: Callable[..., Server], an
     assert 0.25 < time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
+def test_what_is_wrong_with_a_server_names_it(serve: Callable[..., Server], status: str) -> None:
+    server = serve([f"HTTP/1.1 {status}\r\nS4-Conf: f\r\nContent-Length: 4\r\n\r\nbusy".encode()] * 9)
+    with _caller(server, 0.05) as caller, pytest.raises(S4Error, match=f"^{server.name}: busy$"):
+        caller.call("GET", "/x")
+
+
 def test_a_late_answer_is_not_taken_for_that_to_the_next_request(serve: Callable[..., Server]) -> None:
     head = OK + b"Content-Length: 5\r\n\r\n"
     server = serve([b"", head + b"first"], [head + b"other"])

@@ -706,6 +706,15 @@ def test_a_file_that_does_not_have_the_size_it_claims_is_copied_whole(
         assert cluster.get(f"{bucket}/{i}") == (folder / source).read_bytes()
 
 
+def test_stdin_is_no_folder_of_that_name(cluster: Cluster, bucket: str, folder: Path) -> None:
+    (folder / "-").mkdir()
+    cluster.s4("cp", "-", f"{bucket}/000", data=b"x", cwd=folder)
+    assert cluster.get(f"{bucket}/000") == b"x"
+    for source in ("./-", "."):
+        line = cluster.fails("cp", source, f"{bucket}/d/", cwd=folder, code=1)
+        assert f"{source} is a folder: use cp -r" in line
+
+
 def test_a_failed_download_leaves_no_folder_where_not_even_its_file_can_be_looked_for(
     cluster: Cluster, bucket: str, folder: Path
 ) -> None:

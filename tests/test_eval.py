@@ -136,7 +136,9 @@ def test_a_command_over_its_time_limit_names_its_key(cluster: Cluster, key: str)
     eventually(lambda: not running("sleep\x007303"), 5)
 
 
-def test_an_eval_is_waited_for_listed_and_cancelled_as_a_job_is(cluster: Cluster, key: str) -> None:
+def test_an_eval_is_waited_for_listed_and_cancelled_as_a_job_is(
+    cluster: Cluster, key: str, folder: Path
+) -> None:
     node = cluster.owner(key)
     answers: list[Answer] = []
 
@@ -149,9 +151,13 @@ def test_an_eval_is_waited_for_listed_and_cancelled_as_a_job_is(cluster: Cluster
         eventually(lambda: node.get("/job", job=job).status == 200, 5)
         return asking
 
-    asking = ask("eval-a", b"sleep 1.01; cat")
+    hold = folder / "hold"
+    hold.touch()
+    asking = ask("eval-a", f"while [ -e {hold} ]; do sleep 0.02; done; cat".encode())
     assert [share["id"] for share in node.get("/jobs", state="running", prefix="eval-").json()] == ["eval-a"]
     assert node.get("/jobs", state="running", prefix="evil").json() == []
+    assert node.get("/job", job="eval-a", wait="0.1").json()["state"] == "running"
+    threading.Timer(0.2, hold.unlink).start()
     assert node.get("/job", job="eval-a", wait="30").json()["state"] == "done"
     asking.join()
     asking = ask("eval-b", b"sleep 7304")

@@ -447,15 +447,12 @@ def test_a_caller_who_expects_100_is_not_asked_for_a_body_in_vain(node: Node, he
 
 def test_a_put_that_waits_when_the_node_stops_is_told_so(narrow: Node) -> None:
     narrow.prepare_put("s4://b/000")
-    answers: list[Answer] = []
-    waiting = threading.Thread(target=lambda: answers.append(narrow.post("/prepare_put", key="s4://b/001")))
-    waiting.start()
-    # The end of an eval tells that the put, which came before it, waits.
-    narrow.post("/eval", key="s4://b/missing", body=b"cat")
-    assert waiting.is_alive()
-    assert narrow.terminate() == 0
-    waiting.join()
-    assert [answer.status for answer in answers] == [503], answers
+    with narrow.dial(narrow.port) as waiting:
+        waiting.sendall(b"POST /prepare_put?key=s4://b/001 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        # The end of an eval tells that the put, which came before it, waits.
+        narrow.post("/eval", key="s4://b/missing", body=b"cat")
+        assert narrow.terminate() == 0
+        assert waiting.recv(4096).startswith(b"HTTP/1.1 503 ")
 
 
 def test_sends_and_receives_have_slots_of_their_own(narrow: Node) -> None:

@@ -199,7 +199,8 @@ def _migrate(path: str) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         migrations = module.migrations
-        known = {step.name for step in migrations.pending(sqlite_utils.Database(memory=True))}
+        with contextlib.closing(sqlite_utils.Database(memory=True)) as empty:
+            known = {step.name for step in migrations.pending(empty)}
         newer = [step.name for step in migrations.applied(database) if step.name not in known]
         if newer:
             database.close()
