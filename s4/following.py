@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from s4.asking import SILENCE_SECONDS
+from s4.asking import SILENCE_SECONDS, at_once
 from s4.errors import BusyError, MissingError, S4Error
 from s4.jobcalls import cancel, tasks_of
 from s4.leanjson import read_answer
@@ -161,14 +161,16 @@ class Follower:
 
 def failures_of(client: Client, summary: JobSummary) -> list[Task]:
     """The tasks of a job that failed, with the end of their stderr, from the nodes that can be reached."""
-    found = []
-    for part in summary.nodes:
-        if part.failed and part.state != LOST:
-            tasks = tasks_of(client, part.node, summary.job, state=FAILED, stderr=True)
-            try:
-                found += [replace(task, stderr=(task.stderr or "")[-STDERR_SHOWN:]) for task in tasks]
-            except S4Error:
-                pass  # such as that it went down since; its share says how many failed
+    found: list[Task] = []
+
+    def ask(node: str) -> None:
+        tasks = tasks_of(client, node, summary.job, state=FAILED, stderr=True)
+        try:
+            found.extend(replace(task, stderr=(task.stderr or "")[-STDERR_SHOWN:]) for task in tasks)
+        except S4Error:
+            pass  # such as that it went down since; its share says how many failed
+
+    at_once(ask, [part.node for part in summary.nodes if part.failed and part.state != LOST])
     return sorted(found, key=lambda task: task.task)
 
 

@@ -123,6 +123,8 @@ class _Connection:
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
         self.sock = dial(host, port, timeout)
+        # The host may have several addresses, of which the node has one: that which answered.
+        self.address: str = self.sock.getpeername()[0]
         # The end of a long request must not wait until its beginning is acknowledged.
         self.sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         _notice_dead_hosts(self.sock)
@@ -282,7 +284,7 @@ class Caller:
                 text = response.read().decode("utf-8", "replace").strip()
             if response.status != 429 or time.monotonic() + pause > give_up:
                 message = text or f"{self.server} answered {response.status} without a reason"
-                if response.status in (429, 503) and text:  # what is wrong with the node, not with a key
+                if response.status in (429, 500, 503) and text:  # what is wrong with the node, not with a key
                     message = f"{self.server}: {text}"
                 raise ERROR_OF_STATUS.get(response.status, S4Error)(" ".join(message.split()))
             self._pause(pause * (0.5 + os.urandom(1)[0] / 512))  # callers must not come back all at once
@@ -334,7 +336,9 @@ class _Transfer:
     def __enter__(self) -> _socket.socket:
         from s4.streams import connect  # it takes 3 ms to import, and few commands move bytes
 
-        sock = connect(self._caller.host, self._port)
+        connection = self._caller._connection
+        host = connection.address if connection is not None else self._caller.host
+        sock = connect(host, self._port)
         self._caller._transfer = sock
         try:
             self._caller._check_aborted()

@@ -59,7 +59,7 @@ def tasks_of(
     parameters = {"job": job} | ({"state": state} if state else {}) | ({"stderr": "true"} if stderr else {})
     with reaching(server), client.caller(server) as caller:
         try:
-            response = caller.open("GET", "/tasks", parameters)
+            response = caller.open("GET", "/tasks", parameters, silence=min(SILENCE_SECONDS, client.timeout))
         except MissingError:
             return
         for rows in json_rows(caller, response):

@@ -194,11 +194,22 @@ def _check_no_twin(client: Client, request: Request) -> None:
 def _all_or_none(
     client: Client, job: str, run: int | None, post: Callable[[str], ShareStatus], rounds: Sequence[list[str]]
 ) -> dict[str, ShareStatus]:
-    """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised."""
+    """Post to all servers, round by round; if one refuses, what started is cancelled and its error raised,
+    which then also names those that could not be told."""
     shares: dict[str, ShareStatus] = {}
-    for servers in rounds:
-        answers = at_once(post, servers, on_failure=lambda: _cancel_everywhere(client, job, run))
-        shares |= zip(servers, answers, strict=True)
+    untold: list[str] = []
+
+    def stop() -> None:
+        untold.extend(_cancel_everywhere(client, job, run).down)
+
+    try:
+        for servers in rounds:
+            shares |= zip(servers, at_once(post, servers, on_failure=stop), strict=True)
+    except S4Error as e:
+        if untold:
+            names = ", ".join(untold)
+            e.args = (f"{e}; job {job} is cancelled, perhaps not on {names}; later: s4 cancel {job}",)
+        raise
     return shares
 
 
@@ -387,13 +398,16 @@ def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
 def tasks(client: Client, prefix: str, *, state: str = "", stderr: bool = False) -> Iterator[Task]:
     """The tasks of a job in their order, as they come; raises UnreachableError after them for a node down."""
     from heapq import merge
+    from itertools import chain, islice
 
     found = find(client, prefix)
-    streams = [
-        jobcalls.tasks_of(client, server, found.job, state=state, stderr=stderr)
-        for server, share in found.shares.items()
-        if share is not None
-    ]
+
+    def begun(server: str) -> Iterator[Task]:
+        stream = jobcalls.tasks_of(client, server, found.job, state=state, stderr=stderr)
+        return chain(list(islice(stream, 1)), stream)
+
+    # All are asked before the answers are read.
+    streams = at_once(begun, [server for server, share in found.shares.items() if share is not None])
     yield from merge(*streams, key=lambda task: task.task)
     if any(server in found.down for server in found.shares):
         raise down(list(found.down.values()))

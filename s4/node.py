@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from s4.config import Conf
-from s4.errors import BadRequestError, BusyError, S4Error, WrongNodeError
+from s4.errors import BadRequestError, BusyError, FullDiskError, S4Error, WrongNodeError
 from s4.evals import Evals
 from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, ShareRow, Underway
 from s4.index.keys import ListRow
@@ -76,7 +76,7 @@ class Node:
         self.keys = KeyIndex(self.database, self.storage.unlink)
         self.underway = Underway(self.database)
         self.job_index = JobIndex(self.database)
-        recover(self.storage, self.database)
+        self._lost_jobs = recover(self.storage, self.database)
         slots = {Kind.SEND: limits.io_jobs, Kind.RECEIVE: limits.io_jobs, Kind.COMPUTE: limits.cpu_jobs}
         self.pool = Pool(slots, self.storage.run_folder)
         self.removals = Gate(WAITING_REMOVALS)
@@ -155,6 +155,7 @@ class Node:
         for maker in makers:
             parse_folder(f"{folder}{maker.folder}/")
         with self.removals.waiting():
+            self.transfers.drop({(maker.job, maker.task) for maker in makers})
             self.keys.remove_made(parse_folder(folder), makers)
 
     def submit(self, job: JobRow, *, no_overlap: bool = False) -> ShareRow:
@@ -208,6 +209,10 @@ class Node:
         self.keys.finish_removals()
         self.transfers.expire()
         self.jobs.keep_house()
+        with contextlib.suppress(FullDiskError):
+            while self._lost_jobs:
+                self.job_index.interrupt(self._lost_jobs[-1])
+                self._lost_jobs.pop()
         self.evals.keep_house()
 
     def prune(self) -> None:

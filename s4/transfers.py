@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -369,6 +369,17 @@ class Transfers:
         if not ticket.began_s:  # it failed without a slot, as when the node stops
             ticket.result()
         return ticket
+
+    def drop(self, makers: Collection[tuple[str | None, int | None]]) -> None:
+        """Give up what tasks, as (job, task), have under way, before they run again: a confirm that is still
+        on its way, as over a link that stood still, must not publish it any more."""
+        for transfer in list(self._transfers.values()):
+            if not set(transfer.makers).isdisjoint(makers):
+                self._pool.cancel(transfer.ticket, TransferError("its task runs again"))
+                with contextlib.suppress(S4Error):
+                    transfer.ticket.result()
+                with transfer.lock:
+                    self._end(transfer, transfer.files)
 
     def _end(self, transfer: _Transfer, left: Sequence[str]) -> None:
         """Forget a transfer, and remove the files that are left of it: those that did not become keys."""

@@ -1,10 +1,12 @@
 """The HTTP client by itself, against a server on a real socket that sends exactly what a test says."""
 
+import _socket
 import contextlib
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -285,6 +287,27 @@ def test_a_server_that_falls_silent_is_given_up(serve: Callable[..., Server], an
     with _caller(server, 0.3) as caller, pytest.raises(NodeError, match="no answer in time"):
         caller.call("GET", "/x")
     assert 0.25 < time.monotonic() - began < 3
+
+
+def test_bytes_go_to_the_address_that_answered(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a server may stand for several, of which one is dead, and there is not much time."""
+    server = serve([OK + b"Content-Length: 0\r\n\r\n", HANG_UP])
+    _host, _colon, port = server.name.partition(":")
+    looked_up: list[object] = []
+    really = _socket.getaddrinfo
+
+    def look_up(host: bytes | str, *arguments: Any) -> Any:
+        looked_up.append(host)
+        return really("127.0.0.1" if host == b"node.test" else host, *arguments)
+
+    monkeypatch.setattr(_socket, "getaddrinfo", look_up)
+    with socket.create_server(("127.0.0.1", 0)) as listener, Caller(f"node.test:{port}", "f", 5) as caller:
+        caller.call("GET", "/x")
+        with caller.transfer(listener.getsockname()[1]):
+            listener.accept()[0].close()
+    assert looked_up == [b"node.test", b"127.0.0.1"]
 
 
 @pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])

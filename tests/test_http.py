@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import socket
 import threading
@@ -443,6 +444,18 @@ def test_a_caller_who_expects_100_is_not_asked_for_a_body_in_vain(node: Node, he
     with node.dial(node.port) as connection:
         connection.sendall(f"{head}\r\nHost: x\r\nExpect: 100-continue\r\n\r\n".encode())
         assert connection.recv(4096).decode().startswith(f"HTTP/1.1 {status} ")
+
+
+def test_a_late_confirm_of_an_attempt_whose_task_runs_again_makes_no_key(node: Node, bucket: str) -> None:
+    body = json.dumps([[f"{bucket}/out/x/000", 4, 7], [f"{bucket}/out/x/003", 4, 7]]).encode()
+    prepared = node.post("/prepare_puts", body=body, job="late").json()
+    node.send(prepared["port"], b"late" * 2)
+    eventually(node.temporary, 5)
+    again = json.dumps([["x", "late", 7]]).encode()
+    assert node.post("/remove_outputs", body=again, prefix=f"{bucket}/out/").status == 200
+    sums = json.dumps([checksum_of(b"late")] * 2).encode()
+    assert node.post("/confirm_puts", body=sums, uuid=prepared["uuid"]).status == 404
+    assert node.listing(f"{bucket}/") == [] and not node.temporary()
 
 
 def test_a_put_that_waits_when_the_node_stops_is_told_so(narrow: Node) -> None:

@@ -1,17 +1,21 @@
 """Nodes that die, hang or are overrun while jobs and copies over several nodes go on."""
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Answer, Cluster, Node, write_tree
 from procs import descendants, eventually, kill, running, touching
 from reference import checksum_of
+
+from s4.config import read_conf
 
 JOBS = ["map", "map-to-n", "map-from-n"]
 
@@ -223,3 +227,70 @@ def test_a_cancel_reaches_the_others_while_a_server_hangs(start_cluster: Callabl
         os.kill(stuck.pid, signal.SIGCONT)
     cluster.s4("cancel", job)
     assert running("sleep\x007444") == []
+
+
+class Fake:
+    """In the place of a node: answers what a test gives it by path, and is silent to all other requests."""
+
+    def __init__(self, node: Node, answers: dict[str, bytes]) -> None:
+        self._fingerprint = read_conf(str(node.cluster.conf)).fingerprint
+        self._answers = answers
+        self._listener = socket.create_server((node.host, node.port))
+        self._connections: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                connection, _address = self._listener.accept()
+                self._connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while request := connection.recv(65536):
+                answer = self._answers.get(request.split()[1].partition(b"?")[0].decode())
+                if answer is not None:
+                    head = f"HTTP/1.1 200 OK\r\nS4-Conf: {self._fingerprint}\r\nContent-Length: {len(answer)}"
+                    connection.sendall(head.encode() + b"\r\n\r\n" + answer)
+
+    def close(self) -> None:
+        for place in (self._listener, *self._connections):
+            place.close()
+
+
+@pytest.fixture
+def beside_a_fake(start_cluster: Callable[..., Cluster]) -> Iterator[Callable[[dict[str, bytes]], Cluster]]:
+    """Two nodes, of which the second is a Fake with the given answers."""
+    with contextlib.ExitStack() as stack:
+
+        def start(answers: dict[str, bytes]) -> Cluster:
+            cluster = start_cluster(2, start=False)
+            cluster.nodes[0].start()
+            stack.callback(Fake(cluster.nodes[1], answers).close)
+            assert cluster.nodes[0].put("s4://b/in/000", b"x").status == 200
+            return cluster
+
+        yield start
+
+
+def test_a_start_whose_answer_is_lost_says_how_to_end_the_job(
+    beside_a_fake: Callable[[dict[str, bytes]], Cluster],
+) -> None:
+    cluster = beside_a_fake({"/health": b"healthy"})
+    line = cluster.fails("map", "s4://b/in/", "s4://b/out/", "cat", code=3, env={"S4_TIMEOUT": "1"})
+    [(job,)] = cluster.nodes[0].rows("select id from jobs")
+    assert f"job {job} is cancelled, perhaps not on {cluster.nodes[1]}; later: s4 cancel {job}" in line
+
+
+def test_a_node_that_is_silent_about_its_tasks_is_not_waited_for(
+    beside_a_fake: Callable[[dict[str, bytes]], Cluster],
+) -> None:
+    answers: dict[str, bytes] = {}
+    cluster = beside_a_fake(answers)
+    job = {"job": "one", "cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/"}
+    assert cluster.nodes[0].post_json("/map", job).status == 200
+    answers["/jobs"] = cluster.nodes[0].get("/jobs").body
+    began = time.monotonic()
+    assert str(cluster.nodes[1]) in cluster.fails("joblog", "one", code=3, env={"S4_TIMEOUT": "60"})
+    assert time.monotonic() - began < 10
