@@ -158,6 +158,12 @@ class Evals:
             unlinked.callback(os.unlink, stdout.file)
             unlinked.callback(os.unlink, stderr.file)
             state, error = (DONE, None) if ran.exitcode == 0 else (FAILED, exit_text(ran.exitcode))
+            opened: list[int] = []
+            try:
+                for file in (stdout.file, stderr.file):
+                    opened.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 - one may fail
+            except OSError as e:
+                state, error = FAILED, f"what it printed cannot be read: {e.strerror}"
             change = TaskChange(
                 task.task,
                 state,
@@ -174,13 +180,11 @@ class Evals:
                 stderr=ran.tail,
             )
             self._end(job, change, state, error)
-            output = os.open(stdout.file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                errors = os.open(stderr.file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                os.close(output)
-                raise
-            return EvalOutput(ran.exitcode, output, stdout.size, errors, stderr.size)
+            if len(opened) < 2:
+                for fd in opened:
+                    os.close(fd)
+                raise S4Error(f"{job.indir}: {error}")
+            return EvalOutput(ran.exitcode, opened[0], stdout.size, opened[1], stderr.size)
 
     def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:
         while True:

@@ -1,6 +1,7 @@
 """After a crash: remove what the run before left unfinished, so that files and index agree again."""
 
 import logging
+from functools import partial
 
 from s4.errors import FullDiskError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, Underway
@@ -10,11 +11,12 @@ from s4.storage import Storage
 log = logging.getLogger("s4.recovery")
 
 
-def recover(storage: Storage, database: Database, *, adopting: bool = False) -> None:
+def recover(storage: Storage, database: Database, *, adopting: bool = False) -> list[str]:
     """Remove half-written files, and files without a row where the index says that something went on.
 
     `adopting`: the index is in doubt, and files without a row, which are whole, are to become keys; then only
-    those go that were being removed.
+    those go that were being removed. Returns the ids of jobs that ran and of which it could not be recorded
+    that they are over, for want of disk space.
     """
     keys, underway, jobs = KeyIndex(database, storage.unlink), Underway(database), JobIndex(database)
     storage.empty_temporary()
@@ -32,13 +34,19 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
             storage.unlink([path])
         except S4Error as e:
             log.warning("an unfinished file stays: %s", e)
+    for prefix in prefixes:  # the last file of a folder may have been removed, but not the folder
+        storage.remove_empty_folders(prefix[: prefix.rfind("/")])
     if doomed:
         log.info("removed up to %d files that the last run left unfinished", len(doomed))
-    for record in (underway.forget_crash, jobs.interrupt_running):
-        try:
-            database.making_room(record)
-        except FullDiskError as e:  # the node has to start all the same: nothing else could make room
-            log.error("what the last run left is not recorded as over: %s", e)
+    lost = jobs.running()
+    try:
+        database.making_room(underway.forget_crash)
+        while lost:
+            database.making_room(partial(jobs.interrupt, lost[-1]))
+            lost.pop()
+    except FullDiskError as e:  # the node has to start all the same: nothing else could make room
+        log.error("what the last run left is not recorded as over: %s", e)
+    return lost
 
 
 def _is_left(path: str, keys: KeyIndex) -> bool:

@@ -185,6 +185,16 @@ class Storage:
                 return
             folder = parent
 
+    def remove_empty_folders(self, folder: str) -> None:
+        """Remove what has no files in a folder of keys, and the folder and those above it if they are empty
+        then."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._folder(folder) as top:
+            for _path, names, _files, fd in os.fwalk(topdown=False, dir_fd=top):
+                for name in names:
+                    with contextlib.suppress(OSError):  # not empty, or a link
+                        os.rmdir(name, dir_fd=fd)
+        self._remove_if_empty(folder)
+
     @contextlib.contextmanager
     def _folder(self, folder: str) -> Iterator[int]:
         fd = self._open_folder(folder)

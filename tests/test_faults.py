@@ -802,6 +802,23 @@ def test_a_moment_without_descriptors_is_told_and_passes(start_cluster: Start) -
     connection.close()
 
 
+def test_an_eval_whose_output_cannot_be_opened_failed(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/000", b"x")
+    go = cluster.work / "go"
+    connection = http.client.HTTPConnection(node.host, node.port, timeout=20)
+    command = f"until [ -e {go} ]; do sleep 0.02; done; cat".encode()
+    connection.request("POST", "/eval?key=s4://b/000", command)
+    eventually(lambda: node.rows("select listed from jobs") == [(1,)], 10)
+    with _without_descriptors(node):
+        go.touch()
+        answer = connection.getresponse()
+        said = answer.read().decode()
+    assert answer.status == 500 and said.startswith("s4://b/000: what it printed cannot be read: "), said
+    assert node.rows("select state, error from jobs") == [("failed", said.removeprefix("s4://b/000: "))]
+    connection.close()
+
+
 def test_files_that_cannot_be_removed_now_are_removed_soon(start_cluster: Start) -> None:
     cluster, node = _alone(start_cluster)
     cluster.put_all({f"s4://b/d/{i:03}": b"x" for i in range(5)})
@@ -1146,6 +1163,51 @@ def test_on_a_full_disk_keys_can_be_read_and_removed(start_cluster: Start) -> No
         cluster.s4("rm", "-r", "s4://b/0")
         assert len(cluster.keys("s4://b/")) == 200
         cluster.s4("cp", "-", "s4://b/more", data=b"x")
+
+
+def test_jobs_that_a_crash_ended_are_over_as_soon_as_there_is_room_to_record_it(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    with _small_disk(node, 24):
+        node.start()
+        write_tree(cluster.work / "src", {f"{i:04}{'x' * 200}": b"" for i in range(4000)})
+        cluster.s4("cp", "-r", "src", "s4://b/in/")
+        cluster.s4("map", "s4://b/in/", "s4://b/out/", "sleep 600.04", "--detach")
+        eventually(lambda: _sleeping("600.04"), 10)
+        node.terminate()
+        with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as db:
+            db.execute("update jobs set state = 'running', finished_s = null")
+            db.execute("update tasks set state = 'waiting'")
+            db.commit()
+        (node.data / "_index" / "node.db-reserve").unlink(missing_ok=True)
+        fill = _fill_disk(node)
+        os.truncate(fill, fill.stat().st_size - 100_000)  # enough to start with, but not to record 4000 tasks
+        node.start()
+        assert "not recorded as over" in node.log
+        assert node.rows("select state from jobs") == [("running",)]
+        fill.unlink()
+        eventually(lambda: node.rows("select state from jobs") == [("interrupted",)], 10)
+        [(job,)] = node.rows("select id from jobs")
+        cluster.s4("cancel", job)
+        cluster.s4("retry", job, "--detach")
+        cluster.s4("cancel", job)
+
+
+def test_folders_that_a_crash_left_empty_are_removed(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/x/kept/000", b"x")
+    node.kill()
+    for folder in ("x/gone/deep", "y/gone"):
+        (node.data / "b" / folder).mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as db:
+        db.executemany("insert into removals (prefix) values (?)", [("b/x/",), ("b/y/gone/000",)])
+        db.commit()
+    node.start()
+    assert [str(path.relative_to(node.data)) for path in node.data.glob("b/**/*")] == [
+        "b/x",
+        "b/x/kept",
+        "b/x/kept/000",
+    ]
 
 
 def test_a_stop_on_a_full_disk_loses_nothing(start_cluster: Start) -> None:

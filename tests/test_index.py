@@ -300,15 +300,31 @@ def test_files_that_cannot_be_removed_with_their_keys_are_removed_later(database
     problem = S4Error("read-only file system")
     with pytest.raises(S4Error, match="read-only"):  # which somebody has to do something about
         index.remove("b/c")
+    index.add([NewKey("b/a", 1, "a")], lambda _i: None)  # its file is a new one
     problem = None
-    assert _listed(index, "") == ["b/d"] and unlinked == [] and removals() == 3
-    index.remove_prefix("b/")
+    assert _listed(index, "") == ["b/a", "b/d"] and unlinked == [] and removals() == 3
+    index.remove_prefix("b/d")
     assert unlinked == ["b/d"] and removals() == 3  # the others are still to be swept after a crash
-    index.add([NewKey("b/a", 1, "a")], lambda _i: None)
     index.finish_removals()
     assert unlinked == ["b/d", "b/b", "b/c"] and removals() == 0
     index.finish_removals()
     assert unlinked == ["b/d", "b/b", "b/c"]
+
+
+def test_what_is_left_of_removed_keys_is_not_in_the_way_of_new_ones(database: Database) -> None:
+    unlinked: list[str] = []
+    problems = [BusyError("too many open files")]
+
+    def unlink(paths: Sequence[str]) -> None:
+        if problems:
+            raise problems.pop()
+        unlinked.extend(paths)
+
+    index = KeyIndex(database, unlink)
+    index.restore([KeyRow("b/folder/key", 1, "0", 0)])
+    index.remove("b/folder/key")
+    index.add([NewKey("b/folder", 1, "a")], lambda _i: unlinked.append("placed"))
+    assert unlinked == ["b/folder/key", "placed"]
 
 
 def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:
@@ -447,7 +463,8 @@ def test_what_ran_when_the_node_stopped_is_lost_and_the_rest_never_began(databas
     jobs.listed("j", Counts(tasks=3))
     jobs.progress("j", [TaskChange(0, "done", 1, bytes_out=4), TaskChange(1, "running", 1)], Counts(tasks=3))
     assert jobs.running_outdirs() == ["s4://b/out/"]
-    jobs.interrupt_running()
+    for job in jobs.running():
+        jobs.interrupt(job)
     assert jobs.running_outdirs() == []
     share = jobs.share("j")
     assert (share.state, share.counts) == ("interrupted", Counts(3, 1, 0, 2, 0, 10, 4))

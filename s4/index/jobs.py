@@ -342,23 +342,25 @@ class JobIndex:
         with self._db.write() as db:
             db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
-    def interrupt_running(self) -> None:
-        """At the start of a node: what ran when it stopped is lost. It counts as ended with its last task."""
+    def running(self) -> list[str]:
+        """The ids of the shares that run by the record."""
         with self._db.read() as db:
-            running = db.execute("SELECT id FROM jobs WHERE state = 'running'").fetchall()
-        for (job_id,) in running:
-            self._in_steps(
-                f"UPDATE tasks SET state = 'cancelled', error = '{STOPPED}'"
-                " WHERE job = ? AND task > ? AND state = 'running'",
-                job_id,
+            return [job_id for (job_id,) in db.execute("SELECT id FROM jobs WHERE state = 'running'")]
+
+    def interrupt(self, job_id: str) -> None:
+        """A share that ran when the node stopped is lost. It counts as ended with its last task."""
+        self._in_steps(
+            f"UPDATE tasks SET state = 'cancelled', error = '{STOPPED}'"
+            " WHERE job = ? AND task > ? AND state = 'running'",
+            job_id,
+        )
+        with self._db.read() as db:
+            [(finished_s,)] = db.execute(
+                "SELECT coalesce(max(tasks.started_s + coalesce(seconds, 0)), jobs.started_s)"
+                " FROM jobs LEFT JOIN tasks ON job = id WHERE id = ?",
+                (job_id,),
             )
-            with self._db.read() as db:
-                [(finished_s,)] = db.execute(
-                    "SELECT coalesce(max(tasks.started_s + coalesce(seconds, 0)), jobs.started_s)"
-                    " FROM jobs LEFT JOIN tasks ON job = id WHERE id = ?",
-                    (job_id,),
-                )
-            self.end(job_id, INTERRUPTED, STOPPED, finished_s)
+        self.end(job_id, INTERRUPTED, STOPPED, finished_s)
 
     def running_outdirs(self) -> list[str]:
         """Where jobs that run, or ran when the node stopped, put their outputs."""

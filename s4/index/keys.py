@@ -123,6 +123,8 @@ class KeyIndex:
         """
         now = int(time.time())
         outcome: list[S4Error | None] = []
+        if self._unfinished:  # what is left of removed keys could be in the way of these
+            self.finish_removals()
         self._drop_earlier(rows)
         try:
             with self._db.write() as db:
