@@ -28,7 +28,7 @@ help:
 	@echo 'make clean        remove everything that make has made'
 
 demo: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" KEEP="$(KEEP)" bash examples/flights/demo.sh
+	@PATH="$$PWD/$(BIN):$$PATH" KEEP="$(KEEP)" bash examples/flights/demo.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
@@ -58,6 +58,8 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/python -m pip uninstall --quiet --quiet --yes setuptools
 	@$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@# Relative, for Python below 3.13 reads it as ASCII under LC_ALL=C, which commands of jobs have.
+	@echo ../../../.. | tee .venv/lib/python3*/site-packages/*_s4.pth >/dev/null
 	@$(BIN)/python -m compileall -q s4 migrations
 	@touch $@
 

@@ -745,7 +745,8 @@ def test_ctrl_c_during_a_recursive_upload_leaves_only_whole_keys(
     os.killpg(process.pid, signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     _interrupted(process)
-    with cluster.nothing_changes():  # the nodes notice at once
+    eventually(lambda: _stands_still(lambda: cluster.keys(bucket)), 20, "what was on its way has arrived")
+    with cluster.nothing_changes():
         arrived = cluster.contents(f"{bucket}/d/")
     assert 0 < len(arrived) < len(files)
     assert arrived.items() <= files.items()
@@ -784,6 +785,12 @@ def test_ctrl_c_during_a_download_leaves_no_part_of_a_file(
     assert all(
         recursive and name in ("000", "001", "002") and size == 100 << 20 for name, size in left.items()
     ), left
+
+
+def _stands_still(look: Callable[[], object]) -> bool:
+    before = look()
+    time.sleep(1)
+    return look() == before
 
 
 def _state(pid: int) -> str:

@@ -19,7 +19,7 @@ command -v s4 >/dev/null && command -v s4-server >/dev/null || {
     exit 1
 }
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/s4-demo.XXXXXX")
+work=$(cd "${TMPDIR:-/tmp}" && mktemp -d "$PWD/s4-demo.XXXXXX")
 keep=
 cleanup() {
     local status=$?
@@ -159,11 +159,11 @@ check 'flights in July'        29425 "$(s4 eval s4://flights/csv/006_2013-07.csv
 if [ -n "${KEEP:-}" ]; then
     keep=yes
     title "The cluster stays up. To use it:"
-    echo "export PATH=$(dirname "$(command -v s4)"):\$PATH S4_CONF_PATH=$S4_CONF_PATH"
+    printf 'export PATH=%q:$PATH S4_CONF_PATH=%q\n' "$(dirname "$(command -v s4)")" "$S4_CONF_PATH"
     echo 's4 ls -r s4://flights'
     echo '# To stop all three nodes, and then to remove their data:'
     echo "kill $cluster"
-    echo "rm -rf $work"
+    printf 'rm -rf %q\n' "$work"
 else
     title 'Stop: all nodes end, and the temporary folder goes'
     echo "\$ kill $cluster"
