@@ -154,14 +154,15 @@ class Evals:
     def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> EvalOutput:
         stdout, stderr = ran.outputs[0], ran.stderr
         assert stderr is not None
-        with contextlib.ExitStack() as unlinked:
+        with contextlib.ExitStack() as unlinked, contextlib.ExitStack() as on_error:
             unlinked.callback(os.unlink, stdout.file)
             unlinked.callback(os.unlink, stderr.file)
             state, error = (DONE, None) if ran.exitcode == 0 else (FAILED, exit_text(ran.exitcode))
-            opened: list[int] = []
+            opened = []
             try:
                 for file in (stdout.file, stderr.file):
-                    opened.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 - one may fail
+                    opened.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                    on_error.callback(os.close, opened[-1])
             except OSError as e:
                 state, error = FAILED, f"what it printed cannot be read: {e.strerror}"
             change = TaskChange(
@@ -181,9 +182,8 @@ class Evals:
             )
             self._end(job, change, state, error)
             if len(opened) < 2:
-                for fd in opened:
-                    os.close(fd)
                 raise S4Error(f"{job.indir}: {error}")
+            on_error.pop_all()
             return EvalOutput(ran.exitcode, opened[0], stdout.size, opened[1], stderr.size)
 
     def _wait(self, ticket: Ticket, abandoned: Callable[[], bool]) -> Ran:

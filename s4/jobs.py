@@ -247,6 +247,17 @@ class Jobs:
         for share in shares:
             share.ended.wait(STOP_SECONDS)
 
+    def interrupt(self, job_id: str) -> bool:
+        """Record that a share that ran when the node stopped is lost, unless it runs again or has done so;
+        False if that is to be tried again, as on a full disk."""
+        with self._lock:  # it does not begin again meanwhile
+            try:
+                if job_id not in self._running and job_id in self._services.jobs.running():
+                    self._services.jobs.interrupt(job_id)
+            except S4Error:
+                return False
+        return True
+
     def keep_house(self) -> None:
         """Record ends that could not be recorded, as on a full disk, and drop what is remembered of cancelled
         jobs that never began."""

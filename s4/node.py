@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from s4.config import Conf
-from s4.errors import BadRequestError, BusyError, FullDiskError, S4Error, WrongNodeError
+from s4.errors import BadRequestError, BusyError, S4Error, WrongNodeError
 from s4.evals import Evals
 from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, ShareRow, Underway
 from s4.index.keys import ListRow
@@ -209,10 +209,7 @@ class Node:
         self.keys.finish_removals()
         self.transfers.expire()
         self.jobs.keep_house()
-        with contextlib.suppress(FullDiskError):
-            while self._lost_jobs:
-                self.job_index.interrupt(self._lost_jobs[-1])
-                self._lost_jobs.pop()
+        self._lost_jobs = [job for job in self._lost_jobs if not self.jobs.interrupt(job)]
         self.evals.keep_house()
 
     def prune(self) -> None:

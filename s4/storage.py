@@ -188,7 +188,8 @@ class Storage:
     def remove_empty_folders(self, folder: str) -> None:
         """Remove what has no files in a folder of keys, and the folder and those above it if they are empty
         then."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._folder(folder) as top:
+        # What cannot be looked into stays: closed folders, and thousands in each other.
+        with contextlib.suppress(OSError, RecursionError), self._folder(folder) as top:
             for _path, names, _files, fd in os.fwalk(topdown=False, dir_fd=top):
                 for name in names:
                     with contextlib.suppress(OSError):  # not empty, or a link

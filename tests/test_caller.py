@@ -310,7 +310,9 @@ def test_bytes_go_to_the_address_that_answered(
     assert looked_up == [b"node.test", b"127.0.0.1"]
 
 
-@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
+@pytest.mark.parametrize(
+    "status", ["429 Too Many Requests", "500 Internal Server Error", "503 Service Unavailable"]
+)
 def test_what_is_wrong_with_a_server_names_it(serve: Callable[..., Server], status: str) -> None:
     server = serve([f"HTTP/1.1 {status}\r\nS4-Conf: f\r\nContent-Length: 4\r\n\r\nbusy".encode()] * 9)
     with _caller(server, 0.05) as caller, pytest.raises(S4Error, match=f"^{server.name}: busy$"):

@@ -772,7 +772,9 @@ def test_more_connections_than_descriptors_are_no_errors(start_cluster: Start) -
 
 @contextlib.contextmanager
 def _without_descriptors(node: Node) -> Iterator[None]:
-    """Nothing more can be opened by the node, which has no gaps among its descriptors."""
+    """Nothing more can be opened by the node."""
+    # While it starts a worker it has descriptors that it closes soon.
+    eventually(lambda: [worker.state for worker in node.workers()].count("S") >= SPARE_WORKERS, 10)
     own = resource.prlimit(node.pid, resource.RLIMIT_NOFILE)
     taken = set(map(int, os.listdir(f"/proc/{node.pid}/fd")))
     first_free = next(fd for fd in range(len(taken) + 1) if fd not in taken)

@@ -458,6 +458,18 @@ def test_a_late_confirm_of_an_attempt_whose_task_runs_again_makes_no_key(node: N
     assert node.listing(f"{bucket}/") == [] and not node.temporary()
 
 
+def test_a_put_under_way_of_a_task_that_runs_again_is_ended(node: Node, bucket: str) -> None:
+    body = json.dumps([[f"{bucket}/out/x/000", 4, 7], [f"{bucket}/out/x/003", 4, 7]]).encode()
+    prepared = node.post("/prepare_puts", body=body, job="late").json()
+    with node.dial(prepared["port"]) as sender:
+        sender.sendall(b"latela")
+        eventually(node.temporary, 5)
+        again = json.dumps([["x", "late", 7]]).encode()
+        assert node.post("/remove_outputs", body=again, prefix=f"{bucket}/out/").status == 200
+        assert node.rows("select * from transfers where uuid = ?", prepared["uuid"]) == []
+        assert not node.temporary()
+
+
 def test_a_put_that_waits_when_the_node_stops_is_told_so(narrow: Node) -> None:
     narrow.prepare_put("s4://b/000")
     with narrow.dial(narrow.port) as waiting:

@@ -201,6 +201,16 @@ def test_a_data_folder_that_commands_could_not_take_is_refused(
     assert list(folder.iterdir()) == []
 
 
+def test_a_data_folder_may_have_any_other_name(start_cluster: Callable[..., Cluster]) -> None:
+    data = "a\u00a0b \u200d$x"
+    cluster = start_cluster(1, ["-data", data], check=False)
+    cluster.put("s4://b/in/000", b"data")
+    cluster.s4("map-from-n", "s4://b/in/", "s4://b/out/", "xargs -d '\n' cat")
+    assert cluster.get("s4://b/out/000") == b"data"
+    (node,) = cluster.nodes
+    assert (node.folder / data / "b" / "out" / "000").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_node_stops_when_it_is_told_to(alone: Cluster, number: int) -> None:
     (node,) = alone.nodes

@@ -94,3 +94,28 @@ def test_what_cannot_be_removed_is_told_and_keeps_no_node_from_starting(
     assert "_tempdirs/stuck stays until the next start" in caplog.text
     assert [path.name for path in folder.glob("_temp*/*")] == ["stuck"]
     storage.close()
+
+
+def test_empty_folders_go_and_what_cannot_be_looked_into_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(folder))
+    for name in ("b/x/empty/deep", "b/x/full", "b/closed/empty", "c/empty"):
+        (folder / name).mkdir(parents=True)
+    (folder / "b" / "x" / "full" / "key").touch()
+    (folder / "b" / "x" / "link").symlink_to(folder / "b" / "closed")
+    really = storage._open_folder
+
+    def open_folder(path: str, *, create: bool = False) -> int:
+        if path == "b/closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return really(path, create=create)
+
+    monkeypatch.setattr(storage, "_open_folder", open_folder)
+    for path in ("b/x", "b/closed", "b/missing", "c"):
+        storage.remove_empty_folders(path)
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.parts[-2][0] != "_")
+    assert [path for path in left if path[0] != "_"] == [
+        *("b", "b/closed", "b/closed/empty", "b/x", "b/x/full", "b/x/full/key", "b/x/link"),
+    ]
+    storage.close()
