@@ -388,6 +388,9 @@ class Cluster:
         try:
             if kind is None:
                 self._finish()
+            for node in self.nodes if kind is not None else ():
+                if node.process is not None:
+                    print(f"{node}, exit code {node.process.poll()}: {node.log[-2000:]}")
         finally:
             self._end_everything()
 
