@@ -359,7 +359,7 @@ class Eval(Resource):
 
     With `raw=true` the body is always stdout followed by stderr, byte for byte, and headers tell the exit
     code and the length of stderr. `timeout` is the time limit in seconds, beyond which the exit code is that
-    of a killed command; `job` is the id, 409 for one that was used before.
+    of a killed command, as when it was cancelled; `job` is the id, 409 for one that was used before.
     """
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:

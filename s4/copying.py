@@ -13,6 +13,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 
+from s4.asking import NOTICE_SECONDS
 from s4.errors import BadRequestError, LocalFileError, MissingError, S4Error, TransferError
 from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS, get_batch, get_one, put_batch, put_one
 from s4.keys import SCHEME, name_of, parse_key, parse_prefix, url
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 THREADS_PER_SERVER = 2
 MAX_THREADS = 16
-NOTICE_SECONDS = 0.1  # how soon a Ctrl-C is noticed
 STOP_SECONDS = 2.0  # for each thread to tidy up after a Ctrl-C
 _MAX_LINKS = 40  # as many symbolic links as the kernel follows
 

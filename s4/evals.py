@@ -19,7 +19,7 @@ from s4.errors import (
 from s4.index import Counts, JobRow, NewTask, ShareRow, TaskChange
 from s4.index.jobs import STOPPED
 from s4.keys import name_of, url
-from s4.shares import Services, exit_text, signal_of
+from s4.services import Services, exit_text, signal_of
 from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
 from s4.text import with_said
 from s4.waiting import Gate, wait_for_slot
@@ -219,13 +219,15 @@ class Evals:
 
     def wait(self, job_id: str, seconds: float) -> None:
         """Wait for the end of an eval, but no longer than so many seconds."""
-        self._wait_until(lambda: job_id not in self._running, seconds)
+        ticket = self._running.get(job_id)
+        if ticket is not None and ticket.wait_done(seconds):
+            self._wait_until(lambda: self._running.get(job_id) is not ticket)  # its record follows
 
     def wait_for_all(self) -> None:
         """Give evals that were ended a moment to write their records."""
         self._wait_until(lambda: not self._running)
 
-    def _wait_until(self, over: Callable[[], bool], seconds: float = STOP_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def _wait_until(self, over: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
         while not over() and time.monotonic() < deadline:
             time.sleep(0.01)

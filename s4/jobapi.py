@@ -123,7 +123,8 @@ class JobStatus(Resource):
 
 
 class JobList(Resource):
-    """GET /jobs[?limit=][&prefix=][&state=running]: a JSON list of this node's shares, the newest first."""
+    """GET /jobs[?limit=][&prefix=][&state=running]: a JSON list of this node's shares, the newest first;
+    with `state` of all that run, evals too, in no order."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)

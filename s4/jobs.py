@@ -26,7 +26,8 @@ from s4.errors import (
 from s4.http import Caller
 from s4.index import JobRow, ShareRow
 from s4.inputs import Inputs
-from s4.shares import Services, Share
+from s4.services import Services
+from s4.shares import Share
 from s4.states import DONE, FAILED, RUNNING
 
 MAX_RUNNING = 200  # shares at once; each has a thread

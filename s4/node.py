@@ -18,7 +18,7 @@ from s4.index.query import run_query
 from s4.jobs import STOP_SECONDS, Jobs, outcome, row_of
 from s4.keys import is_key, owner, parse_folder, parse_key, parse_prefix, url
 from s4.recovery import recover
-from s4.shares import Services
+from s4.services import Services
 from s4.storage import Storage
 from s4.transfers import Transfers
 from s4.waiting import Gate

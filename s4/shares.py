@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from s4.config import Conf
 from s4.errors import (
     CancelledError,
     CommandError,
@@ -26,52 +25,24 @@ from s4.errors import (
     StoppingError,
     TimeLimitError,
 )
-from s4.index import Counts, JobIndex, JobRow, KeyIndex, Maker, NewTask, ShareRow, TaskChange, Transaction
+from s4.index import Counts, JobRow, Maker, NewTask, ShareRow, TaskChange, Transaction
 from s4.index.jobs import STEP, STOPPED
 from s4.inputs import Inputs
 from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
+from s4.services import Services, exit_text, signal_of
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
-from s4.storage import Storage
 from s4.text import with_said
-from s4.transfers import Finished, Transfers
-from s4.workers import Kind, Pool, Ticket
+from s4.transfers import Finished
+from s4.workers import Kind, Ticket
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
 RECORD_SECONDS = 0.25  # how far the record may lag behind tasks that run
 PROGRESS_SECONDS = 1.0  # and how far the share is
 READ_TASKS = 500  # waiting tasks read from the index at once
 _THREADS = "OMP_NUM_THREADS"  # https://www.openmp.org/spec-html/5.0/openmpse50.html
-_SIGNALS = frozenset(map(int, signal.Signals))
 
 log = logging.getLogger("s4.job")
-
-
-@dataclass(frozen=True)
-class Services:
-    """What a share needs of its node, which has the place `position` in the ring."""
-
-    conf: Conf
-    position: int
-    keys: KeyIndex
-    jobs: JobIndex
-    storage: Storage
-    pool: Pool
-    transfers: Transfers
-    slots: int
-
-    @property
-    def server(self) -> str:
-        """This node, as messages name it."""
-        return str(self.conf.servers[self.position])
-
-    def locate(self, path: str) -> tuple[str, int]:
-        """The file of a key and its bytes. Raises MissingError, which tells whether the key is gone, too."""
-        try:
-            return self.storage.locate(path)
-        except MissingError:
-            self.keys.get(path)  # if the key is gone too, that is what there is to say
-            raise
 
 
 @dataclass(eq=False)
@@ -233,20 +204,27 @@ class Share:
         last = -1
         while waiting := self._services.jobs.waiting(self.job.id, last, READ_TASKS):
             makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
-            others: list[Maker] = []
-            if self.job.skip_existing:  # another job may have done it since
-                for (task, attempt), own in zip(waiting, makers, strict=True):
-                    if self._inputs.exists(task.input, besides=own):
-                        self._counts.skipped += 1
-                        self._changes.append(TaskChange(task.task, SKIPPED, attempt))
-                    else:
-                        others += self._inputs.half_made(task.input)
-            self._inputs.outputs.remove(makers + others)
-            if self._changes:
-                self._services.jobs.progress(self.job.id, self._changes, self._counts)
-                self._changes.clear()
+            if self.job.skip_existing:
+                makers += self._skip_done(waiting, makers)
+            self._inputs.outputs.remove(makers)
             last = waiting[-1][0].task
             self._check_cancelled()
+
+    def _skip_done(self, waiting: Sequence[tuple[NewTask, int]], makers: Sequence[Maker]) -> list[Maker]:
+        """Skip waiting tasks whose inputs another job has done since; what others half made of the rest.
+
+        `makers` are the tasks themselves, whose own outputs do not count.
+        """
+        half_made: list[Maker] = []
+        for (task, attempt), own in zip(waiting, makers, strict=True):
+            if self._inputs.exists(task.input, besides=own):
+                self._counts.skipped += 1
+                self._changes.append(TaskChange(task.task, SKIPPED, attempt))
+            else:
+                half_made += self._inputs.half_made(task.input)
+        self._services.jobs.progress(self.job.id, self._changes, self._counts)
+        self._changes.clear()
+        return half_made
 
     def _check_cancelled(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -589,17 +567,3 @@ class Share:
                 change = change._replace(error=STOPPED)
             self._changes.append(change)
         self._services.storage.discard(self.job.id)
-
-
-def exit_text(exitcode: int) -> str:
-    """How a command ended, in words."""
-    number = signal_of(exitcode)
-    if number is None:
-        return f"exit code {exitcode}"
-    return f"exit code {exitcode} ({signal.Signals(number).name})"
-
-
-def signal_of(exitcode: int) -> int | None:
-    """The signal that an exit code of bash stands for."""
-    number = exitcode - 128
-    return number if number in _SIGNALS else None

@@ -56,7 +56,7 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
     except sqlite3.OperationalError as e:
         if time.monotonic() > deadline:
             raise BadRequestError(f"the query took longer than {QUERY_SECONDS:g} seconds") from e
-        if e.sqlite_errorname.startswith("SQLITE_CANTOPEN"):
+        if getattr(e, "sqlite_errorname", "").startswith("SQLITE_CANTOPEN"):
             raise explained(path, e) from e
         raise BadRequestError(_refusal(e)) from e
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
