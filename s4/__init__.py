@@ -5,8 +5,6 @@ from s4.errors import S4Error
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
 if TYPE_CHECKING:
-    from typing import Any
-
     from s4.client import Client
     from s4.copying import CopyError
     from s4.following import Watch
@@ -49,11 +47,17 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> "Any":
-    # The command line imports this package first, and its start-up is what users wait for: the client is
-    # imported when it is asked for.
-    if name in _MODULES:
-        from importlib import import_module
+# The command line imports this package first, and its start-up is what users wait for: the client is imported
+# when it is asked for. Type checkers know the names from above, and should not take any other for one.
+if not TYPE_CHECKING:
 
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            from importlib import import_module
+
+            return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -48,9 +48,7 @@ _COMMANDS = {
     **dict.fromkeys(("jobs", "job", "wait", "cancel", "retry", "joblog", "stat", "sql"), "s4.jobcommands"),
     **dict.fromkeys(("health", "servers", "config"), "s4.commands"),
 }
-_USAGE = f"""usage: s4 [-c CONF] COMMAND …
-commands: {", ".join(_COMMANDS)}
-'s4 COMMAND --help' tells more"""
+_USAGE = "usage: s4 [-c CONF] COMMAND …\n\n{}\n\n's4 COMMAND --help' tells more"
 
 
 def main() -> NoReturn:
@@ -137,18 +135,15 @@ def _open_standard_streams() -> None:
 
 def _run(words: Sequence[str]) -> int:
     gc.disable()  # imports make many objects and no garbage; measured, 2 to 3 ms
-    from importlib import import_module
-
     from s4.client import Client
 
     name, rest = command_of(words, _COMMANDS)
     if not name:
         wants_help = Usage(name, []).read(rest).wants_help
-        print(_USAGE, file=sys.stdout if wants_help else sys.stderr)
+        about = [f"  {name:12}  {_documentation(_shown(name)).partition(chr(10))[0]}" for name in _COMMANDS]
+        print(_USAGE.format("\n".join(about)), file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else EXIT_MISUSE
-    method = name.replace("-", "_")
-    show: Callable[..., int] = getattr(import_module(_COMMANDS[name]), f"show_{method}")
-    shown = [show, getattr(Client, method)] if hasattr(Client, method) else [show]
+    shown = _shown(name)
     usage = Usage(name, _parameters(shown))
     line = usage.read(rest)
     if not line.wants_help:
@@ -167,11 +162,23 @@ def _run(words: Sequence[str]) -> int:
     typed = {option: str(value).removeprefix(_MARK) for option, value in options.items()}
     client = Client(line.conf)
     try:
-        return show(client, *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
+        code: int = shown[0](client, *(arg.removeprefix(_MARK) for arg in args), **usage.values(typed))
+        return code
     except NodeError as e:
         if client.conf_source == NO_CONF:
             e.args = (f"{e}; {NO_CONF_HINT}",)
         raise
+
+
+def _shown(name: str) -> list[Callable[..., Any]]:
+    """The function that shows a command, and the client's method of the same name, if there is one."""
+    from importlib import import_module
+
+    from s4.client import Client
+
+    method = name.replace("-", "_")
+    show = getattr(import_module(_COMMANDS[name]), f"show_{method}")
+    return [show, getattr(Client, method)] if hasattr(Client, method) else [show]
 
 
 def _encoded(line: Line) -> list[str]:

@@ -221,7 +221,7 @@ class Client:
         no_overlap: bool = False,
         watch: "Watch | None" = None,
     ) -> "JobSummary":
-        """Run a bash command for each key; it writes files and prints their paths: the shuffle.
+        """Run a bash command for each key; it writes files and prints their names: the shuffle.
 
         Each file becomes OUTDIR + the key's NAME + '/' + the file's name, on the node that owns it.
 
@@ -445,7 +445,7 @@ class Client:
                     healthy = caller.call("GET", "/health").strip() == b"healthy"
                 found[server] = None if healthy else "its answer makes no sense"
             except S4Error as e:
-                found[server] = str(e).removeprefix(f"{server}: ")
+                found[server] = str(e).removeprefix(server).lstrip(": ")
 
         threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in found]
         for thread in threads:

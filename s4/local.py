@@ -52,7 +52,8 @@ def run_local(nodes: int, folder: str) -> int:
                 raise S4Error(f"node on port {unhealthy[0]} does not answer; see its log in {folder}")
             time.sleep(0.05)
         if not stopping:
-            print(f"{nodes} nodes are up; stop them with Ctrl-C. To use them:", flush=True)
+            up = "1 node is up; stop it" if nodes == 1 else f"{nodes} nodes are up; stop them"
+            print(f"{up} with Ctrl-C. To use {'it' if nodes == 1 else 'them'}:", flush=True)
             print(f"export {CONF_ENVIRONMENT}={shlex.quote(conf)}", flush=True)
         while not stopping:
             if _report_dead(running):

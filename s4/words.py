@@ -135,9 +135,11 @@ class Usage:
     def _unknown(self, word: str, positionals: Sequence[str]) -> MisuseError:
         where = f"s4 {self.command} has no option" if self.command else "unknown option"
         if len(positionals) >= len(self.places) and self._text_last:
-            hint = f"see s4 {self.command} --help, or {self._text_last}"
+            hint = self._text_last
         else:
             hint = "write -- before arguments that start with '-'"
+        if self.command:
+            hint = f"see s4 {self.command} --help, or {hint}"
         return MisuseError(f"{where} {word!r}; {hint}")
 
     @property

@@ -236,7 +236,10 @@ def test_misuse_is_exit_2_and_changes_nothing(cluster: Cluster, folder: Path, ar
         ),
         (["eval", "s4://b/k", "wc", "-l"], "put quotes around all of CMD"),
         (["sql", "select", "1"], "put quotes around all of QUERY"),
-        (["cp", "-x", "a", "s4://b/k"], "'-x'; write -- before arguments that start with '-'"),
+        (
+            ["cp", "-x", "a", "s4://b/k"],
+            "'-x'; see s4 cp --help, or write -- before arguments that start with '-'",
+        ),
         (["map", "s4://b/in/"], "1 argument, but the usage is: s4 map [^;]*$"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

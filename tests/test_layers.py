@@ -21,10 +21,7 @@ CLIENT_SIDE = [
 ]
 NODE_ONLY = {"falcon", "waitress", "sh", "sqlite3", "sqlite_utils"}
 COMMANDS = re.findall(
-    r"[a-z-]+",
-    subprocess.run([S4, "--help"], capture_output=True, text=True)
-    .stdout.split("commands:")[1]
-    .splitlines()[0],
+    r"(?m)^  ([a-z-]+) ", subprocess.run([S4, "--help"], capture_output=True, text=True).stdout
 )
 
 
@@ -180,6 +177,20 @@ def test_the_public_face_is_declared() -> None:
 
     assert "Client" in s4.__all__ and "S4Error" in s4.__all__
     assert all(getattr(s4, name).__doc__ for name in s4.__all__ if not name.startswith("__"))
+    assert set(s4.__all__) <= set(dir(s4))
+
+
+def test_a_type_checker_knows_the_public_face_and_no_other_name(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import s4\n\ns4.Client, s4.JobError, s4.S4Error\ns4.Clinet\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1 and "Clinet" in errors[0], done.stdout
 
 
 def test_the_commands_are_those_of_the_specification() -> None:
