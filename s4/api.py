@@ -321,7 +321,8 @@ class PreparePuts(Resource):
             and all(map(is_size, entry[1:]))
             for entry in body
         ):
-            raise BadRequestError("the body must be a JSON list of [key, size in bytes]")
+            fields = "key, size in bytes" if job is None else "key, size in bytes, number of the task"
+            raise BadRequestError(f"the body must be a JSON list of [{fields}]")
         entries = [(self._node.own_key(key), size, task[0] if task else None) for key, size, *task in body]
         _answer_prepared(resp, self._node.transfers.prepare_put(entries, _peer(req), job))
 

@@ -123,7 +123,7 @@ class Client:
         Args:
             key: s4://BUCKET/KEY.
             cmd: a bash line.
-            stdout: where to write the command's output as it comes; without it, it is returned.
+            stdout: where to write what the command printed, once it has ended; without it, it is returned.
             stderr: the same for its stderr.
         """
         from s4.results import Evaluation

@@ -149,7 +149,7 @@ def run(client: Client, request: Request, watch: Watch | None) -> JobSummary:
     job, began = new_job_id(), time.monotonic()
     with _Cancelling(client, job, watch):
         summary = Follower(client, _submit(client, request, job), watch, began).wait()
-    return _ended_well(summary, may_be_empty=request.skip_existing)
+    return _ended_well(summary)
 
 
 def start(client: Client, request: Request) -> str:
@@ -260,12 +260,16 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> Found:
     return _found(client, job, known, untold)
 
 
-def _ended_well(summary: JobSummary, *, may_be_empty: bool) -> JobSummary:
+def _ended_well(summary: JobSummary) -> JobSummary:
+    if summary.is_empty:
+        raise _nothing_to_map(summary)
     if summary.state != DONE:
         raise JobError(summary, ending(summary), failure_lines(summary))
-    if not summary.tasks and not may_be_empty:
-        raise JobError(summary, f"nothing to map: no keys in {summary.indir}")
     return summary
+
+
+def _nothing_to_map(summary: JobSummary) -> JobError:
+    return JobError(summary, f"nothing to map: no keys in {summary.indir}")
 
 
 def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
@@ -273,7 +277,7 @@ def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
     found = find(client, prefix)
     try:
         summary = Follower(client, found.shares, watch or Watch()).wait()
-        return _ended_well(summary, may_be_empty=found.share.skip_existing)
+        return _ended_well(summary)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"job {found.job} goes on; s4 wait {found.job}") from None
 
@@ -317,12 +321,14 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
     share = found.share
     if share.kind == EVAL:
         raise BadRequestError(f"job {found.job} is an eval: run it again with s4 eval")
-    state = found.summary().state
-    if state == RUNNING:
+    summary = found.summary()
+    if summary.is_empty:
+        raise _nothing_to_map(summary)
+    if summary.state == RUNNING:
         raise ConflictError(
             f"job {found.job} is still running: s4 wait {found.job}, or s4 cancel {found.job}"
         )
-    if state == DONE:
+    if summary.state == DONE:
         return None
     again, began = share.run + 1, time.monotonic()
     request = Request(
@@ -345,7 +351,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         if detach:
             return Found(found.job, {**shares}, {}).summary()
         summary = Follower(client, shares, watch, began).wait()
-    return _ended_well(summary, may_be_empty=share.skip_existing)
+    return _ended_well(summary)
 
 
 def find(client: Client, prefix: str, silence: float = SILENCE_SECONDS) -> Found:
@@ -388,9 +394,22 @@ def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
     """The newest jobs of the cluster; raises UnreachableError after them if a node is down."""
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
+    listed = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
+    newest_ids = [job.job for job in merged(listed, complete=True)[:limit] if job.kind != EVAL]
+
+    def whole(server: str) -> list[ShareStatus]:
+        """What a server has of the newest jobs, also of those that its own newest do not reach back to."""
+        found = listed[server]
+        known = {share.id for share in found}
+        for job in newest_ids if len(found) == limit else ():
+            if job not in known:
+                found += [s for s in jobcalls.shares(client, server, prefix=job) if s.id == job]
+        return found
+
+    answers |= each(whole, list(listed))
     shares = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
     unreachable = [answer for answer in answers.values() if isinstance(answer, UnreachableError)]
-    yield from merged(shares, limit, complete=not unreachable)[:limit]
+    yield from merged(shares, complete=not unreachable)[:limit]
     if unreachable:
         raise down(unreachable)
 

@@ -33,6 +33,7 @@ from s4.states import DONE, FAILED, RUNNING
 MAX_RUNNING = 200  # shares at once; each has a thread
 CANCELLED_SECONDS = 3600.0  # how long a cancelled job that never began here is remembered
 STOP_SECONDS = 10.0  # for a cancelled share to end
+NODE_STOP_SECONDS = 2.0  # for all of them, when the node stops: what comes after that has to be done, too
 ASK_SECONDS = 5.0  # for another node to answer
 
 log = logging.getLogger("s4.job")
@@ -245,8 +246,9 @@ class Jobs:
         shares = list(self._running.values())
         for share in shares:
             share.cancel(StoppingError("the node is shutting down"))
+        until = time.monotonic() + NODE_STOP_SECONDS
         for share in shares:
-            share.ended.wait(STOP_SECONDS)
+            share.ended.wait(max(0.0, until - time.monotonic()))
 
     def interrupt(self, job_id: str) -> bool:
         """Record that a share that ran when the node stopped is lost, unless it runs again or has done so;

@@ -131,9 +131,10 @@ def joblog_row(task: Task, command: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A field of tab-separated text: tabs, line ends and backslashes as \\t, \\n, \\r and \\\\."""
+    """A field of tab-separated text: backslashes doubled, tabs and line ends as \\t, \\n and \\r, and other
+    control characters as \\x1b."""
     text = text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
-    return text.replace("\r", "\\r")
+    return without_controls(text.replace("\r", "\\r"))
 
 
 def plan_page(parts: Sequence[PlanPart]) -> list[str]:

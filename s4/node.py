@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from s4.config import Conf
@@ -120,7 +121,7 @@ class Node:
         if recursive:
             return self._long(self.keys.list_keys(path))
         if "/" in path:
-            return self.keys.list_folder(path)
+            return self._long(self.keys.list_folder(path))
         return iter([[row for row in self.keys.list_buckets() if not path or row.path == path]])
 
     def tasks(
@@ -130,8 +131,13 @@ class Node:
         return self._long(self.jobs.tasks(job_id, states, stderr=stderr))
 
     def _long(self, chunks: Iterator[T]) -> Iterator[T]:
-        """What may take seconds to produce: a few at once. Raises BusyError."""
+        """What may take seconds to produce, as more than two chunks do: a few at once. Raises BusyError."""
+        first = list(islice(chunks, 2))
+        if len(first) < 2:
+            yield from first
+            return
         with self.listings.waiting():
+            yield from first
             yield from chunks
 
     def delete(self, prefix: str, *, recursive: bool) -> None:
@@ -231,4 +237,6 @@ def _check_index_is_there(storage: Storage) -> None:
     """Raises S4Error if it is not, but files are: they would be no keys, and be written over."""
     path = storage.index_path
     if not (os.path.exists(path) and os.path.getsize(path)) and any(map(is_key, storage.walk())):
-        raise S4Error(f"{path} is missing, but there are files: 's4-server reindex' makes keys of them again")
+        raise S4Error(
+            f"{path} is missing or empty, but there are files: 's4-server reindex' makes keys of them again"
+        )

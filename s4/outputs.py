@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from s4.config import Conf
-from s4.errors import NodeError, NonsenseError, StoppingError
+from s4.errors import NodeError, NonsenseError, S4Error, StoppingError
 from s4.http import Caller
 from s4.index import KeyIndex, Maker
 from s4.keys import url
@@ -26,6 +26,15 @@ class Outputs:
         self._position = position
         self._keys = keys
         self._outdir = outdir
+        self._caller: Caller | None = None  # of the request under way
+        self._given_up: S4Error | None = None
+
+    def abort(self, reason: S4Error) -> None:
+        """Have what waits for another node, or would wait, fail with this reason."""
+        self._given_up = reason
+        caller = self._caller
+        if caller is not None:
+            caller.abort()
 
     def makers(self) -> dict[str, set[Maker]]:
         """All that made keys there, by folder. Raises NodeError."""
@@ -57,7 +66,16 @@ class Outputs:
     def _ask(self, position: int, method: str, path: str, body: bytes | None = None) -> bytes:
         server = str(self._conf.servers[position])
         with Caller(server, self._conf.fingerprint, _SECONDS) as caller:
+            self._caller = caller
             try:
+                if self._given_up is not None:
+                    raise self._given_up
                 return caller.call(method, path, {"prefix": url(self._outdir)}, body)
-            except StoppingError as e:  # it is not this node that stops
-                raise NodeError(server, str(e).removeprefix(f"{server}: ")) from e
+            except S4Error as e:
+                if self._given_up is not None:
+                    raise self._given_up from None
+                if isinstance(e, StoppingError):  # it is not this node that stops
+                    raise NodeError(server, str(e).removeprefix(f"{server}: ")) from e
+                raise
+            finally:
+                self._caller = None

@@ -18,13 +18,15 @@ from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Checksum, Checksums
 
 BATCH = 1000  # files a task and a transaction
+START_SECONDS = 30.0  # for the first worker process
 
 
 def reindex(conf: Conf, position: int, data: str) -> None:
     """Make the index agree with the files: add, correct and drop rows. Prints progress and what was done.
 
-    Files whose names break the key rules, or that belong to another node, are named and left alone. Raises
-    S4Error if a node runs on the folder or the index cannot be written.
+    What is no file, has a name that breaks the key rules, belongs to another node or cannot be read is named
+    and left alone. Raises S4Error if a node runs on the folder, the index cannot be written or no worker
+    process can be started.
     """
     if not os.path.isdir(data):
         raise S4Error(f"data folder {data} does not exist: name that of the node with --data")
@@ -36,6 +38,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     pool = Pool({Kind.COMPUTE: cpus, Kind.SEND: 1, Kind.RECEIVE: 1}, storage.run_folder)
     counts = {"files": 0, "added": 0, "corrected": 0, "dropped": 0, "left alone": 0}
     try:
+        _wait_for_worker(pool)
         under_way: list[tuple[list[str], Ticket]] = []
         progress = _Progress()
         paths = _acceptable(conf, position, storage, counts)
@@ -56,6 +59,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
         progress.end()
     finally:
         pool.stop()
+        storage.empty_temporary()
         database.close()
         storage.close()
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -79,8 +83,16 @@ def _open(path: str) -> Database:
     return Database(path)
 
 
+def _wait_for_worker(pool: Pool) -> None:
+    # A node tries for ever, in case that there are too many processes just now; here somebody waits.
+    try:
+        pool.submit(Ticket(Kind.COMPUTE, Checksum([]))).result(START_SECONDS)
+    except TimeoutError:
+        raise S4Error(f"no worker process could be started in {START_SECONDS:g} s") from None
+
+
 def _acceptable(conf: Conf, position: int, storage: Storage, counts: dict[str, int]) -> Iterator[str]:
-    for path in storage.walk():
+    for path in storage.walk("", lambda path, reason: _leave_alone(path, reason, counts)):
         try:
             parse_key(path)
             reason = "" if owner(path, len(conf.servers)) == position else "it belongs to another node"
@@ -89,8 +101,12 @@ def _acceptable(conf: Conf, position: int, storage: Storage, counts: dict[str, i
         if not reason:
             yield path
         else:
-            counts["left alone"] += 1
-            print(f"left alone: {path!r}: {reason}", file=sys.stderr)
+            _leave_alone(path, reason, counts)
+
+
+def _leave_alone(path: str, reason: str, counts: dict[str, int]) -> None:
+    counts["left alone"] += 1
+    print(f"left alone: {path!r}: {reason}", file=sys.stderr)
 
 
 def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, int]) -> None:
@@ -98,7 +114,8 @@ def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, 
     assert isinstance(answer, Checksums)
     changed = []
     for path, found, known in zip(paths, answer.found, keys.get_all(paths), strict=True):
-        if found is None:  # removed meanwhile, or unreadable: the second pass drops its row if it is gone
+        if isinstance(found, str):  # the second pass drops its row if it is gone
+            _leave_alone(path, found, counts)
             continue
         size, checksum, changed_s = found
         counts["files"] += 1

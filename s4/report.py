@@ -7,7 +7,7 @@ from s4.text import duration, size, with_said
 
 def beginning(summary: JobSummary) -> str:
     """The line at the start."""
-    what = f"{summary.kind} {summary.indir} to {summary.outdir}" if summary.outdir else summary.indir
+    what = f"{summary.kind} {summary.indir}" + (f" to {summary.outdir}" if summary.outdir else "")
     nodes = f"{len(summary.nodes)} node{'s' if len(summary.nodes) != 1 else ''}"
     return f"job {summary.job}: {what} on {nodes}{_run(summary)}"
 

@@ -245,6 +245,8 @@ def _bind(own: Server, address: str) -> socket.socket:
 
 def _stop(node: "Node", server: "WebServer") -> None:
     """The order: no new connections; then jobs and workers, which lets waiting requests answer; then out."""
+    from s4.workers.processes import kill_children
+
     began = time.monotonic()
     server.refuse()
     stopper = threading.Thread(target=node.stop, name="stop", daemon=True)
@@ -253,6 +255,8 @@ def _stop(node: "Node", server: "WebServer") -> None:
         server.serve(0.05)
     if stopper.is_alive():
         log.error("something did not stop in %g s and is left behind", STOP_SECONDS)
+    # What starts the workers would go by itself, but a moment after us.
+    kill_children(lambda _pid, _session: True)
     log.info("stopped %.1fms", (time.monotonic() - began) * 1000)
     logging.shutdown()
     os._exit(0)  # threads of requests may still hold on to clients that are slow

@@ -100,7 +100,8 @@ class Share:
     def cancel(self, reason: S4Error) -> None:
         """Have the share end soon, and its commands now; does nothing if it is over."""
         self._events.put(reason)
-        for ticket in list(self._commands):  # the share may be asking a node that does not answer
+        self._inputs.outputs.abort(reason)  # the share may be asking a node that does not answer
+        for ticket in list(self._commands):
             self._services.pool.cancel(ticket, reason)
 
     def row(self) -> ShareRow:
@@ -515,6 +516,8 @@ class Share:
                 if self.job.kind == MAP_TO_N and attempt.outputs:
                     made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
                     self._inputs.outputs.remove([made])
+            except (CancelledError, StoppingError):
+                raise
             except S4Error as e:  # such as of a node that is down
                 assert attempt.failure is not None
                 problem = f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {e}"

@@ -35,6 +35,10 @@ _TOP_OF_HIERARCHY = 0x00020000  # FS_TOPDIR_FL
 _FLEETING_FOLDERS = ("_tempfiles", "_tempdirs", "_run")
 
 
+def _leave_alone(path: str, reason: str) -> None:
+    log.warning("left alone: %.1000r: %s", path, reason)
+
+
 class Storage:
     """The data folder of one node, locked against a second process while it is open.
 
@@ -257,8 +261,12 @@ class Storage:
             for entry in list(os.scandir(os.path.join(self.root, name))):
                 _remove_if_possible(entry.path)
 
-    def walk(self, folder: str = "") -> Iterator[str]:
-        """The path of every plain file of keys below a folder, in no order; symbolic links are left out."""
+    def walk(self, folder: str = "", leave_alone: Callable[[str, str], None] = _leave_alone) -> Iterator[str]:
+        """The path of every plain file of keys below a folder, in no order.
+
+        `leave_alone(path, reason)` hears of what is neither file nor folder, such as a symbolic link, and of
+        folders that cannot be looked into.
+        """
         pending = [folder]
         while pending:
             current = pending.pop()
@@ -266,8 +274,8 @@ class Storage:
                 entries = os.scandir(os.path.join(self.root, current))
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except PermissionError as e:  # such as lost+found
-                log.warning("left alone: %r: %s", current, e.strerror)
+            except OSError as e:  # such as lost+found, or thousands in each other
+                leave_alone(current, e.strerror or str(e))
                 continue
             with entries:
                 for entry in entries:
@@ -278,6 +286,8 @@ class Storage:
                         pending.append(path)
                     elif entry.is_file(follow_symlinks=False):
                         yield path
+                    else:
+                        leave_alone(path, "it is neither a file nor a folder")
 
 
 def spread_folders(fd: int) -> None:

@@ -155,7 +155,7 @@ class _Receiver:
     def __init__(self, sock: _socket.socket) -> None:
         self._sock = sock
         self._sent = 0  # bytes
-        self._taken = -1  # of these, when it was last looked at
+        self._taken: int | None = None  # of these, when it was last looked at
         self._since = 0.0  # monotonic: when that changed
 
     def send(self, call: "Callable[[], int]") -> int | None:

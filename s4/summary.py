@@ -177,6 +177,11 @@ class JobSummary:
         return self.done + self.failed + self.skipped + self.cancelled
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it found nothing to map, and was not to pass over that: it has failed then."""
+        return self.state == FAILED and self.tasks == 0
+
+    @property
     def unreachable(self) -> list[Part]:
         """The parts of nodes that are down."""
         return [part for part in self.nodes if part.state == LOST]
@@ -249,7 +254,10 @@ def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None =
     by the clocks of the nodes, until now if it runs."""
     started = [part.started_s for part in parts if part.started_s is not None]
     known = [part.tasks for part in parts if part.tasks is not None]
+    tasks = sum(known) if len(known) == len(parts) else None
     state = state_of(part.state for part in parts)
+    if state == DONE and tasks == 0 and not share.skip_existing and not share.alone:
+        state = FAILED  # a node may have no inputs, but not all of them
     if seconds is None:
         run = max(part.run for part in parts)
         newest = [part for part in parts if part.run == run]
@@ -264,7 +272,7 @@ def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None =
         outdir=share.outdir,
         command=share.command,
         state=state,
-        tasks=sum(known) if len(known) == len(parts) else None,
+        tasks=tasks,
         done=sum(part.done for part in parts),
         failed=sum(part.failed for part in parts),
         skipped=sum(part.skipped for part in parts),
@@ -278,8 +286,8 @@ def summarize(share: ShareStatus, parts: Sequence[Part], seconds: float | None =
     )
 
 
-def merged(answers: Mapping[str, Sequence[ShareStatus]], limit: int, *, complete: bool) -> list[JobSummary]:
-    """Jobs from the shares that each node told, up to `limit`, the newest job first; `complete` if no node is
+def merged(answers: Mapping[str, Sequence[ShareStatus]], *, complete: bool) -> list[JobSummary]:
+    """Jobs from all shares that each node has of them, the newest job first; `complete` if no node is
     missing. Otherwise what looks done may not be so there."""
     by_id: dict[str, dict[str, ShareStatus]] = {}
     for node, shares in answers.items():
@@ -289,12 +297,11 @@ def merged(answers: Mapping[str, Sequence[ShareStatus]], limit: int, *, complete
     for group in by_id.values():
         first = next(iter(group.values()))
         parts = list(map(part_of, group.values()))
-        if not first.alone:  # a node that has more to tell may only not have come to it
-            told_all = [node for node, shares in answers.items() if len(shares) < limit]
-            parts += [missing_part(node) for node in told_all if node not in group]
+        if not first.alone:
+            parts += [missing_part(node) for node in answers if node not in group]
         summary = summarize(first, parts)
         if not complete and not first.alone:
-            state = UNKNOWN if summary.state == DONE else summary.state
+            state = UNKNOWN if summary.state == DONE or summary.is_empty else summary.state
             summary = replace(summary, tasks=None, state=state)
         summaries.append(summary)
     return sorted(summaries, key=lambda summary: (summary.started_s, summary.job), reverse=True)

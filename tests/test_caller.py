@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from s4.config import Conf, parse_server
 from s4.errors import BadRequestError, BusyError, CancelledError, MissingError, NodeError, S4Error
 from s4.http import Caller
+from s4.index import Maker
+from s4.outputs import Outputs
 
 OK = b"HTTP/1.1 200 OK\r\nS4-Conf: f\r\n"
 HANG_UP = None
@@ -447,3 +450,13 @@ def test_no_transfer_begins_on_an_aborted_caller(serve: Callable[..., Server]) -
             assert sock.fileno() == -1
             with pytest.raises(CancelledError), caller.transfer(port):
                 pass
+
+
+def test_another_node_that_stops_is_named(serve: Callable[..., Server]) -> None:
+    stops = b"HTTP/1.1 503 X\r\nS4-Conf: f\r\nContent-Length: 13\r\n\r\nshutting down"
+    server = serve([stops], [stops])
+    nobody: Any = None
+    outputs = Outputs(Conf((parse_server(server.name),), ""), -1, nobody, "b/out/")
+    for ask in (outputs.makers, lambda: outputs.remove([Maker("000", "job", 0)])):
+        with pytest.raises(NodeError, match=f"^{server.name}: shutting down$"):
+            ask()

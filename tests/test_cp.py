@@ -815,3 +815,14 @@ def test_a_file_that_may_not_be_written_is_not_replaced(cluster: Cluster, bucket
         result = cluster.run(*words, program=(*UNPRIVILEGED, S4))
         assert result.code == 1 and f"{target}: Permission denied" in result.err
     assert target.read_bytes() == b"old" and [path.name for path in folder.iterdir()] == ["000"]
+
+
+def test_a_file_that_cannot_be_written_costs_only_itself(cluster: Cluster, bucket: str, folder: Path) -> None:
+    keys = {f"{i:03}": b"%d" % i * 1000 for i in range(0, 30, 3)}  # one batch of one node
+    cluster.put_all({f"{bucket}/in/{name}": data for name, data in keys.items()})
+    (folder / "006").mkdir()
+    line = cluster.fails(
+        "cp", "-r", f"{bucket}/in/", f"{folder}/", code=1, says="1 of 10 files were not copied"
+    )
+    assert f"{folder}/006: Is a directory" in line
+    assert tree(folder) == {name: data for name, data in keys.items() if name != "006"}

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import procs
@@ -28,7 +29,7 @@ from procs import eventually
 from reference import checksum_of
 
 from s4.config import read_conf
-from s4.node import WAITING_REMOVALS
+from s4.node import WAITING_JOBS, WAITING_REMOVALS
 from s4.workers.pool import SPARE_WORKERS
 
 CLEANED_UP = 13  # seconds: what nobody confirms is dropped 10 s after its last byte
@@ -492,7 +493,7 @@ def test_a_client_that_dies_in_a_put_or_a_get_leaves_nothing(start_cluster: Star
     cluster, node = _alone(start_cluster)
     assert node.put("s4://large/000", bytes(60 << 20)).status == 200
     write_tree(cluster.work, {"src/000": b""})
-    os.truncate(cluster.work / "src" / "000", 20 << 30)
+    os.truncate(cluster.work / "src" / "000", 6 << 30)  # so much is reserved on the disk
     stream = cluster.start_s4("cp", "-", "s4://b/stream", stdin=subprocess.PIPE)
     file = cluster.start_s4("cp", "/dev/zero", "s4://b/file")
     batch = cluster.start_s4("cp", "-r", "src", "s4://b/batch/")
@@ -1286,3 +1287,152 @@ def test_an_idle_node_takes_less_than_150_megabytes(start_cluster: Start) -> Non
 
     eventually(lambda: megabytes() < 150, 20, "it takes little")
     eventually(lambda: len(node.workers()) == SPARE_WORKERS, 30, "workers that are not needed go")
+
+
+def test_a_put_can_be_confirmed_again_after_a_moment_without_descriptors(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    uuid, port = node.prepare_put("s4://b/folder/000")
+    node.send(port, b"data")
+    eventually(lambda: list(node.data.glob("_tempfiles/*")), 10, "it has arrived")
+    connection = http.client.HTTPConnection(node.host, node.port, timeout=20)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    with _without_descriptors(node):
+        connection.request("POST", f"/confirm_put?uuid={uuid}&checksum={checksum_of(b'data')}")
+        answer = connection.getresponse()
+        assert (answer.status, b"Too many open files" in answer.read()) == (429, True)
+    assert node.confirm_put(uuid, b"data").status == 200
+    assert node.fetch("s4://b/folder/000") == b"data"
+    connection.close()
+
+
+def test_no_further_command_starts_while_too_much_waits_to_leave(start_cluster: Start) -> None:
+    cluster = start_cluster(2, ["--max-cpu-jobs", "1"], start=False)
+    node, other = cluster.nodes
+    node.start(first="import s4.outbox; s4.outbox.MAX_UNSENT_FILES = 10")
+    other.start()
+    cluster.put_all({f"s4://b/in/{2 * i:03}": b"" for i in range(40)})  # all on the first node
+    log = cluster.work / "log"
+    command = f"echo >> {log}; for i in 001 003 005 007 009; do echo > $i; echo $i; done"
+    job = {"job": "job", "cmd": command, "indir": "s4://b/in/", "outdir": "s4://b/out/", "detach": True}
+    os.kill(other.pid, signal.SIGSTOP)
+    try:
+        assert node.post_json("/map_to_n", job).status == 200
+        eventually(lambda: log.exists() and node.get("/job", job="job").json()["running"] == 0, 20)
+        assert log.stat().st_size <= 6  # two whose outputs fill the box, and those that were waiting by then
+    finally:
+        os.kill(other.pid, signal.SIGCONT)
+    eventually(lambda: node.get("/job", job="job", wait="1").json()["state"] == "done", 60)
+    assert len(cluster.keys("s4://b/out/")) == 200
+
+
+def test_a_put_that_cannot_be_recorded_holds_no_slot(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster, "-max-io-jobs", "1")
+    with _index_of(node) as index:
+        index.execute("alter table transfers rename to gone")
+        assert node.post("/prepare_put", key="s4://b/000").status == 500
+        index.execute("alter table gone rename to transfers")
+    began = time.monotonic()
+    assert node.put("s4://b/000", b"x").status == 200
+    assert time.monotonic() - began < 4  # what nobody sends to holds its slot for five seconds
+
+
+def test_a_job_that_was_cancelled_before_it_came_never_runs(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/in/000")
+    assert node.post("/cancel", job="early").status == 404
+    for _ in range(3):
+        _housekeeping(node)
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "early", "detach": True}
+    assert node.post_json("/map", body).status == 200
+    eventually(lambda: node.get("/job", job="early", wait="1").json()["state"] == "cancelled", 10)
+    assert cluster.keys("s4://b/out/") == []
+
+
+def test_an_eval_that_was_told_to_come_back_may_have_its_id_again(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster, "-max-cpu-jobs", "1")
+    cluster.put("s4://b/000", b"x")
+    go = cluster.work / "go"
+    holder = cluster.start_s4("eval", "s4://b/000", f"until [ -e {go} ]; do sleep 0.02; done")
+    eventually(lambda: node.get("/jobs").json(), 10, "the only place is taken")
+    ask = partial(node.post, "/eval", key="s4://b/000", job="patient", body=b"cat")
+    assert ask().status == 429
+    assert node.get("/job", job="patient").status == 404
+    go.touch()
+    assert holder.wait(10) == 0
+    assert (ask().status, ask().status) == (200, 409)
+
+
+def test_jobs_that_are_waited_for_leave_threads_for_others(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/in/000")
+
+    def running() -> list[str]:
+        return [share["id"] for share in node.get("/jobs", state="running").json()]
+
+    with contextlib.ExitStack() as stack:
+        asked = []
+        for i in range(WAITING_JOBS + 3):
+            body = {"cmd": "sleep 7200.1", "indir": "s4://b/in/", "outdir": f"s4://b/out{i}/"}
+            asked.append(stack.enter_context(_request(node, "POST", "/map", json.dumps(body).encode())))
+        eventually(lambda: len(_answered(asked)) == 3 and len(running()) == WAITING_JOBS, 10)
+        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in _answered(asked))
+        assert node.get("/health", timeout=5).status == 200
+        for job in running():
+            assert node.post("/cancel", job=job).status == 200
+
+
+def test_the_port_of_a_transfer_that_failed_is_not_used_again(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    uuid, port = node.prepare_put("s4://b/silent")
+    assert (
+        node.confirm_put(uuid, b"").status == 400
+    )  # nobody came; who is late must not be taken for the next
+    _uuid, other = node.prepare_put("s4://b/next")
+    assert other != port
+
+
+def test_while_a_node_is_down_no_job_is_forgotten(start_cluster: Start) -> None:
+    cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"])
+    here, other = cluster.nodes
+    cluster.put("s4://b/in/000")
+    other.kill()
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "some"}
+    assert here.post_json("/map", body).status == 200
+    eventually(lambda: "1 old jobs are not forgotten yet" in here.log, 25)
+    assert here.rows("select id from jobs") == [("some",)]
+    other.start()
+    eventually(lambda: here.rows("select id from jobs") == [], 25)
+
+
+def _is_connected_to(node: Node) -> bool:
+    """Whether somebody has a connection to a node's port: proc(5), whose state 01 is ESTABLISHED."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[2].endswith(f":{node.port:04X}") and row[3] == "01" for row in rows)
+
+
+def test_a_share_that_waits_for_a_silent_node_can_be_ended(start_cluster: Start) -> None:
+    cluster = start_cluster(2)
+    here, other = cluster.nodes
+    cluster.put_all({"s4://b/in/000": b"", "s4://b/in/001": b""})
+    evaluation = cluster.start_s4("eval", "s4://b/in/000", "sleep 600.91")
+    eventually(lambda: _sleeping("600.91"), 10)
+    os.kill(other.pid, signal.SIGSTOP)
+    try:
+        for job in ("one", "two"):
+            body = {"cmd": "ls", "indir": "s4://b/in/", "outdir": f"s4://b/{job}/", "job": job}
+            body |= {"skip_existing": True, "detach": True}
+            assert here.post_json("/map_to_n", body).status == 200
+            eventually(lambda: _is_connected_to(other), 10, "it asks the other")
+            if job == "one":
+                assert here.post("/cancel", job=job).json()["state"] == "cancelled"
+        here.terminate()
+    finally:
+        os.kill(other.pid, signal.SIGCONT)
+    assert "left behind" not in here.log
+    assert not _sleeping("600.91") and evaluation.wait(5) == 1
+    assert here.rows("select id, state from jobs where kind != 'eval' order by id") == [
+        ("one", "cancelled"),
+        ("two", "interrupted"),
+    ]
+    assert not [*here.data.glob("_run/*"), *here.data.glob("_temp*/*")]

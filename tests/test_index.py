@@ -660,3 +660,24 @@ def test_what_is_recorded_twice_is_there_once(database: Database) -> None:
         jobs.end("job", "failed", "exit code 3")
     [[task]] = list(jobs.tasks("job", stderr=True))
     assert (task["state"], task["stderr"]) == ("failed", b"oops")
+
+
+def test_what_was_never_listed_to_its_end_is_listed_anew(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(i, f"b/in/{i}", 1, 10) for i in range(3)])
+    jobs.interrupt("j")  # before jobs.listed
+    jobs.begin_again("j", 2)
+    assert jobs.waiting("j", -1, 10) == [] and jobs.share("j").counts == Counts()
+    jobs.add_tasks("j", [NewTask(0, "b/in/0", 1, 10)])
+    assert [task.task for task, _attempt in jobs.waiting("j", -1, 10)] == [0]
+
+
+def test_what_an_attempt_said_goes_when_the_next_says_nothing(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(0, "b/in/0", 1, 1)])
+    for change in (TaskChange(0, "failed", 1, exit_code=3, stderr=b"oops"), TaskChange(0, "done", 2)):
+        jobs.progress("j", [change], Counts(tasks=1))
+    [[task]] = list(jobs.tasks("j", stderr=True))
+    assert (task["state"], task["attempt"], task["stderr"]) == ("done", 2, None)

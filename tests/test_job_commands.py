@@ -328,6 +328,9 @@ def test_skipping_what_exists_is_fine_with_nothing_to_do(cluster: Cluster, bucke
     assert "nothing to map" in cluster.fails(*arguments, code=1)
     begun = cluster.s4(*arguments, "--detach").lines[0]
     assert "nothing to map" in cluster.fails("wait", begun, code=1)
+    assert json.loads(cluster.s4("job", begun, "--json").out)["state"] == "failed"
+    assert "nothing to map" in cluster.fails("retry", begun, code=1)
+    assert json.loads(cluster.run(*arguments, "--json").out)["state"] == "failed"
     begun = cluster.s4(*arguments, "--skip-existing", "--detach").lines[0]
     assert "nothing to map" in cluster.s4("wait", begun).err
 
@@ -558,6 +561,14 @@ def test_jobs_are_listed_with_the_newest_first(
     assert [job["job"] for job in found] == ids
     assert found[1]["command"] == "echo 'a\tb' | c && exit 1"
     assert found[2]["nodes"][0]["running"] > 0 and found[0]["outdir"] == ""
+
+
+def test_a_job_that_not_all_nodes_got_is_listed_as_such(cluster: Cluster, bucket: str, indir: str) -> None:
+    cluster.s4("map", indir, f"{bucket}/out/", "cat")
+    body = {"cmd": "cat", "indir": indir, "outdir": f"{bucket}/half/", "job": f"half-{bucket[5:]}"}
+    assert cluster.nodes[0].post_json("/map", body).status == 200
+    # Of the other nodes the newest is another one.
+    assert _json(cluster, "jobs", "--limit", "1")[0]["state"] == "interrupted"
 
 
 def test_a_listing_of_jobs_fits_the_terminal(cluster: Cluster, bucket: str, indir: str) -> None:
@@ -832,3 +843,15 @@ def test_a_job_needs_all_nodes_and_says_which_is_missing(start_cluster: Callable
     assert cluster.s4("sql", "--schema").lines
     rows = cluster.nodes[0].rows("select outdir from jobs where outdir = 's4://b/out2/'")
     assert rows == []
+
+
+def test_what_a_running_job_has_made_is_skipped(cluster: Cluster, bucket: str, folder: Path) -> None:
+    go, out = folder / "go", f"{bucket}/out/"
+    cluster.put_all({f"{bucket}/in/{name}": b"x" for name in ("000", "003")})  # on the same node
+    line = f"[ $filename = 000 ] || until [ -e {go} ]; do sleep 0.02; done; cat > p; echo p"
+    [job] = cluster.s4("map-to-n", f"{bucket}/in/", out, line, "--detach").lines
+    eventually(lambda: cluster.keys(out) == [f"{out}000/p"], 10)
+    beside = cluster.s4("map-to-n", f"{bucket}/in/*0", out, "cat > p; echo p", "--skip-existing")
+    assert "0/1 tasks done, 0 failed, 1 skipped" in beside.err
+    go.touch()
+    assert cluster.s4("wait", job) and cluster.keys(out) == [f"{out}000/p", f"{out}003/p"]

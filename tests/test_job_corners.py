@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import procs
 import pytest
@@ -264,3 +265,42 @@ def test_of_two_evals_with_one_id_one_runs(start_cluster: Callable[..., Cluster]
         assert (again.status, again.text) == (409, "job one0one0one0 ran already")
     assert cluster.s4("eval", "s4://b/000", "cat").out == b"x"
     assert "Traceback" not in node.log
+
+
+def test_the_end_of_a_job_leaves_alone_another_whose_id_begins_like_it(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/in/000", b"data")
+    node, go, job = cluster.owner("000"), folder / "go", f"like-{bucket[5:]}"
+
+    def post(job: str, outdir: str, cmd: str, **more: object) -> int:
+        body = {"job": job, "cmd": cmd, "indir": f"{bucket}/in/", "outdir": f"{bucket}/{outdir}/", **more}
+        return node.post_json("/map", body).status
+
+    waits = f"until [ -e {go} ]; do sleep 0.02; done; cat > copy; cat copy"
+    assert post(f"{job}-more", "more", waits, detach=True) == 200
+    eventually(lambda: node.get("/job", job=f"{job}-more").json()["running"] == 1, 10)
+    assert post(job, "out", "cat") == 200
+    go.touch()
+    eventually(lambda: node.get("/job", job=f"{job}-more", wait="1").json()["state"] != "running", 10)
+    assert cluster.contents(f"{bucket}/more/") == {"000": b"data"}
+
+
+# Workers and commands of a node that root runs do without its right to read and write everything: they are
+# started by an exec, which takes what is dropped here.
+UNPRIVILEGED_WORKERS = """
+import ctypes
+for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+"""
+
+
+def test_a_command_may_close_what_it_made(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, start=False)
+    cluster.nodes[0].start(first=UNPRIVILEGED_WORKERS)
+    cluster.put("s4://b/in/000")
+    probe = cluster.run("eval", "s4://b/in/000", "mkdir d; chmod 0500 d; touch d/x")
+    assert probe.code == 1 and "Permission denied" in probe.err  # modes count
+    command = "mkdir d; echo x > d/part; chmod 0 d/part; chmod 0500 d; echo d/part"
+    cluster.s4("map-to-n", "s4://b/in/", "s4://b/out/", command)
+    assert cluster.contents("s4://b/out/") == {"000/part": b"x\n"}

@@ -599,3 +599,27 @@ def test_what_could_not_be_committed_is_not_done_and_what_failed_before_stays_fa
     cluster.s4("retry", job)
     assert cluster.contents("s4://b/out/") == {"000": b"good\n", "001": b"good\n"}
     node.check()
+
+
+def test_what_exists_already_is_no_reason_to_try_again(start_cluster: Callable[..., Cluster]) -> None:
+    three = start_cluster(3)
+    three.put_all({f"s4://b/in/{i:03}": b"" for i in range(3)})
+    three.put("s4://b/out/001/part", b"somebody else's")
+    log = three.work / "tries"
+    command = f"echo $filename >> {log}; echo > part; echo part"
+    options = ("--keep-going", "--retries", "2")
+    said = "key exists already: s4://b/out/001/part"
+    three.fails("map-to-n", "s4://b/in/", "s4://b/out/", command, *options, says=said, code=1)
+    assert sorted(log.read_text().split()) == ["000", "001", "002"]
+
+
+def test_a_late_cancel_of_an_earlier_run_spares_the_retry(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000")
+    node, job = cluster.owner(f"{bucket}/in/000"), f"again-{bucket[5:]}"
+    command = "[ $S4_ATTEMPT -ge 2 ] || exit 3; sleep 60"
+    body = {"cmd": command, "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/", "job": job}
+    assert node.post_json("/map", body).status == 400
+    assert node.post_json("/retry", body | {"kind": "map", "run": 2}).status == 200
+    eventually(lambda: node.get("/job", job=job).json()["running"] == 1, 10)
+    assert node.post("/cancel", job=job, run=1).json()["state"] == "running"
+    assert node.post("/cancel", job=job, run=2).json()["state"] == "cancelled"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4.leanjson import dumps, loads
@@ -40,6 +40,7 @@ TEXTS = [
 ]
 
 
+@settings(deadline=None)  # a busy machine may take its time
 @given(VALUES)
 def test_what_is_written_is_read_again_as_json_does(value: object) -> None:
     assert dumps(value) == json.dumps(value).encode()

@@ -202,16 +202,17 @@ def test_listing_with_a_server_down_names_it(start_cluster: Callable[..., Cluste
 
 @pytest.fixture(scope="module")
 def million() -> Iterator[Node]:
-    """A node whose index has a million keys in a thousand folders, without their files."""
+    """A node whose index has a million keys in a thousand folders, and 300,000 in one, without files."""
     with Cluster(1, start=False, check=False) as cluster:
         (node,) = cluster.nodes
         node.start()
         node.terminate()
         with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as db, db:
+            insert = "insert into keys (path, size, checksum, created_s) values (?, 1, '1', 1700000000)"
             db.executemany(
-                "insert into keys (path, size, checksum, created_s) values (?, 1, '1', 1700000000)",
-                ((f"b/{folder:03}/{i:03}",) for folder in range(1000) for i in range(1000)),
+                insert, ((f"b/{folder:03}/{i:03}",) for folder in range(1000) for i in range(1000))
             )
+            db.executemany(insert, ((f"wide/{i:06}",) for i in range(300_000)))
         node.start()
         yield node
 
@@ -261,11 +262,12 @@ def test_a_reader_who_stops_reading_a_listing_holds_nobody_up(million: Node) -> 
             assert time.monotonic() - began < 2
 
 
-def test_a_hundred_listings_at_once_leave_room_for_others(million: Node) -> None:
+@pytest.mark.parametrize("listing", ["prefix=s4://b&recursive=true", "prefix=s4://wide/"])
+def test_a_hundred_listings_at_once_leave_room_for_others(million: Node, listing: str) -> None:
     with contextlib.ExitStack() as readers:
         for _ in range(100):
             reader = readers.enter_context(socket.create_connection((million.host, million.port), timeout=30))
-            reader.sendall(b"GET /list?prefix=s4://b&recursive=true HTTP/1.1\r\nHost: s4\r\n\r\n")
+            reader.sendall(f"GET /list?{listing} HTTP/1.1\r\nHost: s4\r\n\r\n".encode())
         for _ in range(5):
             assert million.get("/health", timeout=10).status == 200
             assert len(million.listing("s4://b/500/", recursive=False)) == 1000

@@ -421,3 +421,17 @@ def test_a_command_that_is_paused_goes_on_when_it_may(cluster: Cluster, bucket: 
         "map", f"{bucket}/in/", f"{bucket}/never/", "kill -STOP $BASHPID", "--timeout", "1", code=1
     )
     assert "time limit of 1 s" in line
+
+
+def test_what_is_left_of_a_job_has_all_the_cpus(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, start=False)
+    cluster.env.pop("OMP_NUM_THREADS", None)
+    cluster.nodes[0].start()
+    cpus = len(os.sched_getaffinity(0))
+    cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(2 * cpus)})
+    command = "[ $filename != 000 ] || [ $S4_ATTEMPT = 2 ]; nproc"
+    assert cluster.run("map", "s4://b/in/", "s4://b/out/", command, "--keep-going").code == 1
+    [(job,)] = cluster.nodes[0].rows("select id from jobs")
+    cluster.s4("retry", job)
+    assert cluster.get("s4://b/out/000") == b"%d\n" % cpus
+    assert cluster.get("s4://b/out/001") == b"1\n"

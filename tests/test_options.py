@@ -246,22 +246,32 @@ def test_the_seconds_of_a_job_are_those_of_its_newest_run() -> None:
 
 def test_a_job_is_not_known_to_be_done_while_a_node_is_down() -> None:
     done = replace(SHARE, state="done", finished_s=1001.0)
-    [whole] = merged({done.node: [done]}, 20, complete=True)
-    [partly] = merged({done.node: [done]}, 20, complete=False)
+    [whole] = merged({done.node: [done]}, complete=True)
+    [partly] = merged({done.node: [done]}, complete=False)
     assert [(job.state, job.tasks) for job in (whole, partly)] == [("done", 10), ("unknown", None)]
-    [own] = merged({done.node: [replace(done, kind="eval", alone=True)]}, 20, complete=False)
+    [own] = merged({done.node: [replace(done, kind="eval", alone=True)]}, complete=False)
     assert own.state == "done"
 
 
 def test_a_job_is_not_done_that_a_node_never_got() -> None:
     done = replace(SHARE, state="done", finished_s=1001.0)
     other = replace(done, node="h:2", id="other")
-    for limit, state, tasks in ((2, "interrupted", None), (1, "done", 10)):  # what is beyond it is not told
-        jobs = merged({done.node: [done], "h:2": [other]}, limit, complete=True)
-        assert [(job.state, job.tasks) for job in jobs] == [(state, tasks)] * 2
+    jobs = merged({done.node: [done], "h:2": [other]}, complete=True)
+    assert [(job.state, job.tasks) for job in jobs] == [("interrupted", None)] * 2
     own = replace(done, kind="eval", alone=True)
-    [job] = merged({own.node: [own], "h:2": []}, 20, complete=True)
+    [job] = merged({own.node: [own], "h:2": []}, complete=True)
     assert job.state == "done"
+
+
+def test_a_job_without_inputs_has_failed_unless_it_may_be_without() -> None:
+    empty = replace(SHARE, state="done", tasks=0, done=0, failed=0, skipped=0, running=0)
+    other = replace(empty, node="h:2")
+    assert _summary(empty, other).is_empty and _summary(empty, other).state == "failed"
+    assert _summary(empty, replace(other, tasks=1, done=1)).state == "done"
+    skipping = [replace(share, skip_existing=True) for share in (empty, other)]
+    assert _summary(*skipping).state == "done"
+    [partly] = merged({empty.node: [empty]}, complete=False)
+    assert partly.state == "unknown"
 
 
 def test_what_a_lost_node_had_to_do_is_lost() -> None:

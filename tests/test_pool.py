@@ -245,7 +245,7 @@ def test_groups_take_turns_and_the_one_with_fewest_running_is_first(bench: Bench
 
 @in_a_process_alone
 def test_the_death_of_a_busy_worker_costs_its_one_command(bench: Bench) -> None:
-    doomed, other = bench.sleeping("600.31"), bench.sleeping("1.31")
+    doomed, other = bench.sleeping("601.31"), bench.sleeping("1.31")
     waiting = bench.command("echo waited")
     assert doomed.pid is not None
     os.kill(doomed.pid, signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_the_death_of_a_busy_worker_costs_its_one_command(bench: Bench) -> None:
         doomed.result(10)
     assert died.value.pid == doomed.pid and died.value.exitcode == -signal.SIGKILL
     assert str(doomed.pid) in str(died.value) and "signal 9" in str(died.value)
-    assert processes_of("600.31") == []
+    assert processes_of("601.31") == []
     assert output(ran(waiting)) == b"waited\n"
     assert ran(other).exitcode == 0
 
@@ -269,14 +269,14 @@ def test_what_a_dead_worker_left_is_ended_later_if_that_fails_at_first(bench: Be
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc")
         kill_children(chosen)
 
-    doomed = bench.sleeping("600.32")
+    doomed = bench.sleeping("601.32")
     assert doomed.pid is not None
     processes.kill_children = fails
     os.kill(doomed.pid, signal.SIGKILL)
     with pytest.raises(WorkerDiedError):
         doomed.result(10)
     assert [ran(bench.command("echo fine")).exitcode for _ in range(COMPUTE_SLOTS + 1)] == [0] * 3
-    eventually(lambda: processes_of("600.32") == [], 10, "the command is ended")
+    eventually(lambda: processes_of("601.32") == [], 10, "the command is ended")
     left = bench.folder / "run" / f"worker-{doomed.pid}"
     eventually(lambda: not left.exists(), 5, "the files are gone")
 
@@ -324,24 +324,24 @@ def test_after_a_burst_only_the_spare_workers_are_left(bench: Bench) -> None:
 
 @in_a_process_alone
 def test_a_command_that_takes_too_long_is_killed_with_all_its_children(bench: Bench) -> None:
-    ticket = bench.command("setsid sleep 600.41 & (sleep 600.42 & sleep 600.43) | cat", 0.5)
+    ticket = bench.command("setsid sleep 601.41 & (sleep 600.42 & sleep 600.43) | cat", 0.5)
     began = time.monotonic()
     with pytest.raises(TimeLimitError, match=r"0\.5 s"):
         ticket.result(10)
     assert time.monotonic() - began < 4
-    assert [p for number in ("600.41", "600.42", "600.43") for p in processes_of(number)] == []
+    assert [p for number in ("601.41", "600.42", "600.43") for p in processes_of(number)] == []
     assert output(bench.run("echo fine")) == b"fine\n"
 
 
 @in_a_process_alone
 def test_a_cancelled_command_is_ended_and_a_waiting_one_never_starts(bench: Bench) -> None:
-    running = [bench.sleeping("600.51"), bench.sleeping("600.52")]
+    running = [bench.sleeping("601.51"), bench.sleeping("601.52")]
     waiting = bench.command(f"touch {bench.folder}/started")
     for ticket in (waiting, *running):
         bench.pool.cancel(ticket, CancelledError("not needed"))
         with pytest.raises(CancelledError, match="not needed"):
             ticket.result(10)
-    assert processes_of("600.51") == processes_of("600.52") == []
+    assert processes_of("601.51") == processes_of("601.52") == []
     assert output(bench.run("echo fine")) == b"fine\n"
     assert not (bench.folder / "started").exists()
     bench.pool.cancel(waiting, CancelledError("again"))  # over: does nothing

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import procs
 import pytest
-from cluster import SERVER, Cluster, Node, write_tree
+from cluster import SERVER, UNPRIVILEGED, Cluster, Node, write_tree
 from procs import eventually
 from reference import checksum_of
 from waitress.channel import ClientDisconnected
@@ -477,11 +477,17 @@ def test_reindex_names_files_that_are_no_keys_of_this_node_and_leaves_them(
     files = {"b/001": b"of the other", "b/white space": b"", "b/002": b"ours", "top": b""}
     write_tree(node.data, files)
     (node.data / "b" / "link").symlink_to("/etc/passwd")
+    os.mkfifo(node.data / "b" / "fifo")
+    subprocess.run(
+        ["bash", "-c", "cd $1; for i in {1..30}; do mkdir $2; cd $2; done", "", node.data / "b", "x" * 200],
+        check=True,
+    )
     code, out, err = _reindex(node)
     assert code == 0
-    assert out == "1 files, 1 added, 0 corrected, 0 dropped, 3 left alone\n"
-    assert sorted(line.split(": ")[1] for line in err.splitlines()) == ["'b/001'", "'b/white space'", "'top'"]
-    assert "another node" in err and "white space and control" in err
+    assert out == "1 files, 1 added, 0 corrected, 0 dropped, 6 left alone\n"
+    named = ["'b/001'", "'b/fifo'", "'b/link'", "'b/white space'", "'top'"]
+    assert sorted(line.split(": ")[1] for line in err.splitlines() if "too long" not in line) == named
+    assert "another node" in err and "white space and control" in err and "File name too long" in err
     assert all((node.data / name).read_bytes() == data for name, data in files.items())
     assert node.rows("select path from keys") == [("b/002",)]
 
@@ -500,9 +506,12 @@ def test_reindex_drops_keys_whose_files_are_links_now(alone: Cluster) -> None:
     (bucket / "folder").unlink()
     (bucket / "folder").mkdir()
     code, out, err = _reindex(node)
-    assert (code, out) == (0, "1 files, 0 added, 0 corrected, 3 dropped, 0 left alone\n")
+    assert (code, out) == (0, "1 files, 0 added, 0 corrected, 3 dropped, 2 left alone\n")
     told = [line.split(": ")[:2] for line in sorted(err.splitlines())]
-    assert told == [["dropped", "s4://b/behind/a"], ["dropped", "s4://b/link"]]
+    assert told == [
+        *(["dropped", "s4://b/behind/a"], ["dropped", "s4://b/link"]),
+        *(["left alone", "'b/behind'"], ["left alone", "'b/link'"]),
+    ]
     assert node.rows("select path from keys") == [("b/stays",)]
 
 
@@ -727,3 +736,26 @@ def test_modules_in_the_current_folder_are_not_taken_for_those_of_python(alone: 
     assert "not for s4" not in node.log
     code, out, err = _reindex(node)
     assert code == 0 and out.startswith("1 files, "), err
+
+
+def test_local_ends_a_node_that_does_not_stop(alone: Cluster, folder: Path) -> None:
+    local = Local(alone, folder / "try")
+    pids = local.pids()
+    os.kill(local.node_pids()[1], signal.SIGSTOP)
+    assert local.stop(signal.SIGTERM) == 0
+    eventually(lambda: not pids & {process.pid for process in procs.everyone()}, 5, "all are gone")
+
+
+def test_reindex_keeps_keys_in_a_folder_that_it_may_not_enter(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    assert node.put("s4://b/closed/000", b"x").status == 200
+    node.terminate()
+    closed = node.data / "b" / "closed"
+    closed.chmod(0)
+    program = [*UNPRIVILEGED, SERVER]
+    result = alone.run("reindex", "-conf", str(alone.conf), program=program, cwd=node.folder)
+    closed.chmod(0o755)
+    assert result.code == 0 and result.out.startswith(b"0 files, 0 added, 0 corrected, 0 dropped"), result
+    node.start()
+    assert node.fetch("s4://b/closed/000") == b"x"

@@ -119,3 +119,15 @@ def test_empty_folders_go_and_what_cannot_be_looked_into_stays(
         *("b", "b/closed", "b/closed/empty", "b/x", "b/x/full", "b/x/full/key", "b/x/link"),
     ]
     storage.close()
+
+
+def test_a_file_that_a_crash_left_makes_way_for_a_folder(folder: Path) -> None:
+    storage = Storage(str(folder))
+    (folder / "b").mkdir()
+    (folder / "b" / "x").write_bytes(b"left")
+    made = Path(storage.temporary_file("made"))
+    made.write_bytes(b"new")
+    with storage.placing() as place:
+        place(str(made), "b/x/y/000")
+    assert (folder / "b" / "x" / "y" / "000").read_bytes() == b"new"
+    storage.close()

@@ -117,12 +117,12 @@ class Database:
     def keep_reserve(self) -> None:
         """Reserve some disk space, unless that is done or there is none left: letting go of it makes removals
         work on a full disk."""
-        if not os.path.exists(self._reserve):
-            try:
-                with open(self._reserve, "wb") as f:
+        try:
+            with open(self._reserve, "ab") as f:
+                if os.fstat(f.fileno()).st_size < RESERVE_BYTES:
                     os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
-            except OSError:
-                self.free_reserve()
+        except OSError:
+            self.free_reserve()
 
     def free_reserve(self) -> None:
         """Let go of the space that was held back."""

@@ -163,16 +163,23 @@ class Shell:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def _start(self) -> None:
-        stdin, self._stdin = os.pipe()
-        self._status, stdout = os.pipe()
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_BASH}
-        with os.fdopen(stdin, "rb") as r, os.fdopen(stdout, "wb") as w, open(os.devnull, "wb") as null:
+        try:
             bash: Any = sh.bash  # its types know lists of exit codes, not ranges
+        except sh.CommandNotFound:
+            raise S4Error("there is no bash in the PATH of this node") from None
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_BASH}
+        with contextlib.ExitStack() as given, contextlib.ExitStack() as on_error:
+            stdin, self._stdin = os.pipe()
+            r = given.enter_context(os.fdopen(stdin, "rb"))
+            on_error.callback(os.close, self._stdin)
+            self._status, stdout = os.pipe()
+            w = given.enter_context(os.fdopen(stdout, "wb"))
+            on_error.callback(os.close, self._status)
             self._process = bash(
                 *("--noprofile", "--norc", "-c", _LOOP, "bash", self._job_file),
                 _in=r,
                 _out=w,
-                _err=null,
+                _err=given.enter_context(open(os.devnull, "wb")),
                 _env=environment,
                 _cwd="/",
                 _new_session=True,
@@ -183,6 +190,7 @@ class Shell:
                 _ok_code=range(-64, 256),
                 _preexec_fn=_prepare_for_commands,
             )
+            on_error.pop_all()
         self._ready = select.poll()
         self._ready.register(self._status, select.POLLIN)
         self._stat = os.open(f"/proc/{self._process.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
@@ -194,7 +202,9 @@ class Shell:
             return 0
         os.close(self._stdin)
         os.close(self._status)
-        os.close(self._stat)
+        if self._stat >= 0:
+            os.close(self._stat)
+            self._stat = -1
         process, self._process = self._process, None
         processes.kill(process.pid)
         exitcode: int = process.wait().exit_code

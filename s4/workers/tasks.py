@@ -139,9 +139,9 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Checksums:
-    """Per file (bytes, checksum, seconds since 1970 of its last change), or None if it cannot be read."""
+    """Per file (bytes, checksum, seconds since 1970 of its last change), or why it cannot be read."""
 
-    found: list[tuple[int, str, int] | None]
+    found: list[tuple[int, str, int] | str]
 
 
 Task = Receive | Send | Command | Push | Checksum

@@ -77,19 +77,18 @@ def _caller(server: str, fingerprint: str, timeout: float) -> Caller:
 
 def checksum(task: Checksum) -> Checksums:
     """See tasks.Checksum."""
-    found: list[tuple[int, str, int] | None] = []
+    found: list[tuple[int, str, int] | str] = []
     for file in task.files:
         try:
             fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            found.append(None)
-            continue
-        try:
-            os.fchmod(fd, 0o444)
-            size, digest = checksum_of(fd)
-            found.append((size, digest, int(os.fstat(fd).st_mtime)))
-        finally:
-            os.close(fd)
+            try:
+                with contextlib.suppress(PermissionError):  # it is somebody else's, as after a restore
+                    os.fchmod(fd, 0o444)
+                found.append((*checksum_of(fd), int(os.fstat(fd).st_mtime)))
+            finally:
+                os.close(fd)
+        except OSError as e:
+            found.append(e.strerror or str(e))
     return Checksums(found)
 
 
