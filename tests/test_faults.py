@@ -1420,7 +1420,12 @@ def test_a_share_that_waits_for_a_silent_node_can_be_ended(start_cluster: Start)
     os.kill(other.pid, signal.SIGSTOP)
     try:
         for job in ("one", "two"):
-            body = {"cmd": "ls", "indir": "s4://b/in/", "outdir": f"s4://b/{job}/", "job": job}
+            body: dict[str, object] = {
+                "cmd": "ls",
+                "indir": "s4://b/in/",
+                "outdir": f"s4://b/{job}/",
+                "job": job,
+            }
             body |= {"skip_existing": True, "detach": True}
             assert here.post_json("/map_to_n", body).status == 200
             eventually(lambda: _is_connected_to(other), 10, "it asks the other")
