@@ -22,7 +22,6 @@ from s4.errors import (
     StoppingError,
     TimeLimitError,
     TransferError,
-    WorkerDiedError,
     WrongNodeError,
 )
 from s4.evals import EvalOutput
@@ -74,7 +73,6 @@ STATUSES: dict[type[S4Error], int] = {
     CommandError: 400,
     CancelledError: 400,
     TimeLimitError: 400,
-    WorkerDiedError: 500,
     MissingError: 404,
     ConflictError: 409,
     OverlapError: 423,

@@ -6,7 +6,7 @@ import time
 from _thread import start_new_thread
 from collections.abc import Callable, Mapping, Sequence
 
-from s4.errors import NodeError, StoppingError, UnreachableError
+from s4.errors import NodeError, StoppingError, UnreachableError, reason_of
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms of each start
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _Reaching:
 
     def __exit__(self, _kind: object, e: BaseException | None, _traceback: object) -> None:
         if isinstance(e, (NodeError, StoppingError)) and not isinstance(e, UnreachableError):
-            raise UnreachableError(self._server, str(e).removeprefix(f"{self._server}: ")) from e
+            raise UnreachableError(self._server, reason_of(e, self._server)) from e
 
 
 def ask(
@@ -124,4 +124,4 @@ def down(errors: Sequence[UnreachableError]) -> UnreachableError:
     if len(errors) == 1:
         return errors[0]
     servers = ", ".join(error.server for error in errors)
-    return UnreachableError(servers, str(errors[0]).removeprefix(f"{errors[0].server}: "))
+    return UnreachableError(servers, reason_of(errors[0], errors[0].server))

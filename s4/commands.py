@@ -12,14 +12,16 @@ TYPE_CHECKING = False  # what only annotations need is not imported: typing take
 if TYPE_CHECKING:
     from typing import Any
 
+    from s4.client import Client
 
-def show_cp(client: Any, *words: str, **options: Any) -> int:
+
+def show_cp(client: Client, *words: str, **options: Any) -> int:
     """Print nothing on success."""
     client.cp(*words, **options)
     return 0
 
 
-def show_ls(client: Any, *words: str, **options: Any) -> int:
+def show_ls(client: Client, *words: str, **options: Any) -> int:
     """A line a key or folder; exit 1 if there is none."""
     lines: list[str] = []
     found = False
@@ -33,19 +35,19 @@ def show_ls(client: Any, *words: str, **options: Any) -> int:
     return 0 if found or lines else EXIT_FAILED
 
 
-def show_rm(client: Any, *words: str, **options: Any) -> int:
+def show_rm(client: Client, *words: str, **options: Any) -> int:
     """Print nothing on success."""
     client.rm(*words, **options)
     return 0
 
 
-def show_eval(client: Any, *words: str) -> int:
+def show_eval(client: Client, *words: str) -> int:
     """What the command writes goes where it belongs; the exit code is its own."""
     done = client.eval(*words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
     return int(done.exitcode)
 
 
-def show_health(client: Any) -> int:
+def show_health(client: Client) -> int:
     """A line a server; exit 1 if one is unhealthy."""
     found = client.health()
     for server, problem in found.items():
@@ -57,7 +59,7 @@ def show_health(client: Any) -> int:
     return EXIT_FAILED if any(found.values()) else 0
 
 
-def show_servers(client: Any) -> int:
+def show_servers(client: Client) -> int:
     """A line a server."""
     for server in client.servers():
         print(server)

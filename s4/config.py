@@ -165,13 +165,20 @@ def local_address(host: str) -> str | None:
     return None
 
 
+def plain_number(text: str) -> float:
+    """A number. Raises ValueError, also for white space and underscores, which float() takes."""
+    if "_" in text or text != text.strip():
+        raise ValueError(text)
+    return float(text)
+
+
 def timeout_setting() -> float:
     """Seconds from S4_TIMEOUT, 300 without it. Raises ConfError if it is none up to MAX_TIMEOUT."""
     text = os.environ.get(TIMEOUT_ENVIRONMENT)
     if not text:
         return DEFAULT_TIMEOUT
     try:
-        seconds = float(text)
+        seconds = plain_number(text)
     except ValueError:
         seconds = -1
     if not 0 < seconds <= MAX_TIMEOUT:

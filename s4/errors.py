@@ -23,6 +23,11 @@ def _unpickled(kind: type[S4Error], arguments: "tuple[object, ...]", state: "dic
     return error
 
 
+def reason_of(error: S4Error, server: str) -> str:
+    """The text of an error without the name of the server in front, for messages that name it themselves."""
+    return str(error).removeprefix(f"{server}: ")
+
+
 def rebuilt(name: str, message: str) -> S4Error:
     """An error that crossed from another process as the name of its class and its text."""
     kind = globals().get(name)
@@ -76,6 +81,9 @@ class BusyError(S4Error):
 
 class StoppingError(S4Error):
     """The node is shutting down."""
+
+    def __init__(self, text: str = "the node is shutting down") -> None:
+        super().__init__(text)
 
 
 class TransferError(S4Error):

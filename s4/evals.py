@@ -18,8 +18,8 @@ from s4.errors import (
 )
 from s4.index import Counts, JobRow, NewTask, ShareRow, TaskChange
 from s4.index.jobs import STOPPED
-from s4.keys import name_of, url
-from s4.services import Services, exit_text, signal_of
+from s4.keys import url
+from s4.services import Services, exit_text, signal_of, variables_of, work_name
 from s4.states import CANCELLED, DONE, EVAL, FAILED, INTERRUPTED
 from s4.text import with_said
 from s4.waiting import Gate, wait_for_slot
@@ -75,21 +75,14 @@ class Evals:
 
     def _ticket(self, job: JobRow, task: NewTask) -> Ticket:
         storage = self._services.storage
-        work = f"{job.id}.{task.task}.1"
-        environment = {
-            "filename": name_of(task.input),
-            "S4_KEY": url(task.input),
-            "S4_JOB": job.id,
-            "S4_TASK": str(task.task),
-            "S4_ATTEMPT": "1",
-        }
+        work = work_name(job.id, task.task, 1)
         command = Command(
             job.command,
             storage.temporary_folder(work),
             storage.temporary_file(work),
             "eval",
             self._services.locate(task.input)[0],
-            environment=environment,
+            environment=variables_of(job.id, task, 1),
         )
         return Ticket(Kind.COMPUTE, command, time_limit=job.timeout)
 
@@ -98,10 +91,10 @@ class Evals:
         try:
             self._services.pool.submit(ticket)
             wait_for_slot(ticket)  # who is turned away here comes again with the same id
-            self._services.jobs.begin(job)
+            self._services.job_index.begin(job)
             recorded = True
-            self._services.jobs.add_tasks(job.id, [task])
-            self._services.jobs.listed(job.id, Counts(tasks=1))
+            self._services.job_index.add_tasks(job.id, [task])
+            self._services.job_index.listed(job.id, Counts(tasks=1))
             ran = self._wait(ticket, abandoned)
         except BaseException as e:
             self._services.pool.cancel(ticket, S4Error("the eval failed"))
@@ -118,7 +111,7 @@ class Evals:
 
     def _check_new(self, job_id: str) -> None:
         with contextlib.suppress(MissingError):
-            self._services.jobs.share(job_id)
+            self._services.job_index.share(job_id)
             raise ConflictError(f"job {job_id} ran already")
 
     def _record_failure(self, job: JobRow, task: NewTask, ticket: Ticket, error: BaseException) -> None:
@@ -142,8 +135,8 @@ class Evals:
             self._unrecorded.append((job, change, state, error))
 
     def _record_end(self, job: JobRow, change: TaskChange, state: str, error: str | None) -> None:
-        self._services.jobs.progress(job.id, [change], Counts(tasks=1))
-        self._services.jobs.end(job.id, state, error)
+        self._services.job_index.progress(job.id, [change], Counts(tasks=1))
+        self._services.job_index.end(job.id, state, error)
 
     def keep_house(self) -> None:
         """Record ends that could not be recorded, as on a full disk."""
@@ -210,7 +203,7 @@ class Evals:
         for job_id in list(self._running):
             with contextlib.suppress(MissingError):  # it still waits for its slot
                 if job_id.startswith(prefix):
-                    found.append(self._services.jobs.share(job_id))
+                    found.append(self._services.job_index.share(job_id))
         return found
 
     def is_running(self, job_id: str) -> bool:

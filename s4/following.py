@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from s4.asking import SILENCE_SECONDS, at_once
-from s4.errors import BusyError, MissingError, S4Error
+from s4.errors import BusyError, MissingError, S4Error, reason_of
 from s4.jobcalls import cancel, tasks_of
 from s4.leanjson import read_answer
 from s4.record import replace
@@ -129,7 +129,7 @@ class Follower:
                     strikes += 1
                     if strikes == STRIKES:
                         state = MISSING if isinstance(e, MissingError) else LOST
-                        reason = str(e).removeprefix(f"{node}: ")
+                        reason = reason_of(e, node)
                         with self._changed:
                             self._lost[node] = lost_part(node, reason, self._shares[node], state)
                             self._changed.notify()

@@ -19,10 +19,12 @@ TYPE_CHECKING = False  # what only annotations need is not imported: typing take
 if TYPE_CHECKING:
     from typing import Any
 
+    from s4.client import Client
+
 
 def _job_command(kind: str) -> Callable[..., int]:
     def show(
-        client: "Any",
+        client: "Client",
         *words: str,
         plan: bool = False,
         detach: bool = False,
@@ -63,7 +65,7 @@ show_map_to_n = _job_command("map-to-n")
 show_map_from_n = _job_command("map-from-n")
 
 
-def show_wait(client: "Any", *words: str, json: bool = False, quiet: bool = False) -> int:
+def show_wait(client: "Client", *words: str, json: bool = False, quiet: bool = False) -> int:
     """Follow a job.
 
     Args:
@@ -75,7 +77,7 @@ def show_wait(client: "Any", *words: str, json: bool = False, quiet: bool = Fals
 
 
 def show_retry(
-    client: "Any", *words: str, detach: bool = False, json: bool = False, quiet: bool = False
+    client: "Client", *words: str, detach: bool = False, json: bool = False, quiet: bool = False
 ) -> int:
     """Run the rest of a job.
 
@@ -148,7 +150,7 @@ def _show_plan(parts: "Any", as_json: bool) -> int:
     return 0
 
 
-def show_jobs(client: "Any", *, json: bool = False, **options: "Any") -> int:
+def show_jobs(client: "Client", *, json: bool = False, **options: "Any") -> int:
     """List jobs.
 
     Args:
@@ -173,7 +175,7 @@ def show_jobs(client: "Any", *, json: bool = False, **options: "Any") -> int:
     return 0
 
 
-def show_job(client: "Any", *words: str, json: bool = False) -> int:
+def show_job(client: "Client", *words: str, json: bool = False) -> int:
     """Show a job.
 
     Args:
@@ -209,14 +211,14 @@ def show_job(client: "Any", *words: str, json: bool = False) -> int:
     return 0
 
 
-def show_cancel(client: "Any", *words: str) -> int:
+def show_cancel(client: "Client", *words: str) -> int:
     """Cancel a job: a line on stdout says how it was, or is."""
     summary, over = client.cancel(*words)
     print(f"{'it had ended before: ' if over else ''}{ending(summary)}")
     return 0
 
 
-def show_joblog(client: "Any", job: str, *, json: bool = False) -> int:
+def show_joblog(client: "Client", job: str, *, json: bool = False) -> int:
     """Print every task of a job, with the columns of GNU parallel's --joblog and some more.
 
     Args:
@@ -249,7 +251,7 @@ def show_joblog(client: "Any", job: str, *, json: bool = False) -> int:
     return 0
 
 
-def show_stat(client: "Any", *words: str, json: bool = False) -> int:
+def show_stat(client: "Client", *words: str, json: bool = False) -> int:
     """Show a key.
 
     Args:
@@ -277,7 +279,7 @@ def show_stat(client: "Any", *words: str, json: bool = False) -> int:
 
 
 def show_sql(
-    client: "Any",
+    client: "Client",
     query: str = "",
     *,
     format: str | None = None,

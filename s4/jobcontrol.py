@@ -18,6 +18,7 @@ from s4.errors import (
     OverlapError,
     S4Error,
     UnreachableError,
+    reason_of,
 )
 from s4.following import Follower, Watch, failures_of
 from s4.keys import check_job_folders, new_job_id, with_scheme
@@ -94,7 +95,7 @@ class Request:
             with_scheme(folder)
         check_job_folders(self.indir, self.outdir)
 
-    def is_twin(self, share: ShareStatus) -> bool:
+    def same_work(self, share: ShareStatus) -> bool:
         """Whether a share belongs to a job that does the same work."""
         return (self.kind, self.indir, self.outdir, self.cmd) == (
             share.kind,
@@ -128,7 +129,7 @@ class Found:
             if share is not None:
                 parts.append(part_of(share))
             elif server in self.down:
-                reason = str(self.down[server]).removeprefix(f"{server}: ")
+                reason = reason_of(self.down[server], server)
                 parts.append(lost_part(server, reason, None))
             else:
                 parts.append(missing_part(server))
@@ -185,7 +186,7 @@ def _submit(client: Client, request: Request, job: str) -> dict[str, ShareStatus
 def _check_no_twin(client: Client, request: Request) -> None:
     for shares in at_once(lambda server: jobcalls.shares(client, server, state=RUNNING), client.servers()):
         for share in shares:
-            if request.is_twin(share):
+            if request.same_work(share):
                 raise OverlapError(
                     f"job {share.id} is still running: {request.kind} of {request.indir}; nothing was started"
                 )
@@ -251,7 +252,7 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> Found:
         except UnreachableError as e:
             untold[server] = e
         except S4Error as e:
-            untold[server] = UnreachableError(server, str(e).removeprefix(f"{server}: "))
+            untold[server] = UnreachableError(server, reason_of(e, server))
         else:
             if share is not None:
                 known[server] = share
@@ -301,7 +302,7 @@ def cancel(client: Client, prefix: str) -> tuple[JobSummary, bool]:
         )
     if untold:
         error = down(list(untold.values()))
-        reason = str(error).removeprefix(f"{error.server}: ")
+        reason = reason_of(error, error.server)
         told = "; the others have ended the job" if ran and len(untold) < len(found.shares) else ""
         raise UnreachableError(error.server, f"{reason}{told}; later: s4 cancel {found.job}")
     found.down.clear()

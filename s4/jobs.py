@@ -4,7 +4,6 @@ A job is submitted to every node under one id. A node that fails its share tells
 stops everywhere even when nobody follows it.
 """
 
-import json
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from s4.errors import (
 from s4.http import Caller
 from s4.index import JobRow, ShareRow
 from s4.inputs import Inputs
+from s4.leanjson import read_answer
 from s4.services import Services
 from s4.shares import Share
 from s4.states import DONE, FAILED, RUNNING
@@ -63,12 +63,12 @@ class Jobs:
             if no_overlap:
                 self._check_overlap(job)
             self._check_room()
-            self._services.jobs.begin(job)
+            self._services.job_index.begin(job)
             return self._start(share)
 
     def _known(self, job: JobRow) -> Share | ShareRow | None:
         try:
-            known = self._running.get(job.id) or self._services.jobs.share(job.id)
+            known = self._running.get(job.id) or self._services.job_index.share(job.id)
         except MissingError:
             return None
         if not known.job.same_work(job):
@@ -94,7 +94,7 @@ class Jobs:
         except RuntimeError as e:  # the system gives no further thread
             del self._running[share.job.id]
             error = f"job {share.job.id} cannot be started on {self._services.server}: {e}"
-            self._services.jobs.end(share.job.id, FAILED, error)
+            self._services.job_index.end(share.job.id, FAILED, error)
             raise S4Error(error) from e
         return share
 
@@ -117,15 +117,15 @@ class Jobs:
             if known is not None and known.job.run >= job.run:
                 return known
             if known is not None and known.state == DONE:
-                self._services.jobs.pass_over(job.id, job.run)
-                return self._services.jobs.share(job.id)
+                self._services.job_index.pass_over(job.id, job.run)
+                return self._services.job_index.share(job.id)
             self._check_room()
             if known is None:
                 share = Share(self._services, job)
-                self._services.jobs.begin(job)
+                self._services.job_index.begin(job)
             else:
-                self._services.jobs.begin_again(job.id, job.run)
-                share = Share(self._services, self._services.jobs.share(job.id).job, again=True)
+                self._services.job_index.begin_again(job.id, job.run)
+                share = Share(self._services, self._services.job_index.share(job.id).job, again=True)
             return self._start(share)
 
     def _ended(self, share: Share) -> None:
@@ -154,7 +154,7 @@ class Jobs:
             share = self._running.get(job_id)
             if share is None:
                 try:
-                    ended = self._services.jobs.share(job_id)
+                    ended = self._services.job_index.share(job_id)
                 except MissingError:
                     self._cancelled[job_id] = (run or 1, time.monotonic())
                     raise
@@ -173,20 +173,20 @@ class Jobs:
     def status(self, job_id: str) -> ShareRow:
         """How far a share is, or how it ended. Raises MissingError."""
         share = self._running.get(job_id)
-        return self._services.jobs.share(job_id) if share is None else share.row()
+        return self._services.job_index.share(job_id) if share is None else share.row()
 
     def newest(self, prefix: str, limit: int, *, running: bool) -> list[ShareRow]:
         """The newest shares whose id starts with `prefix`; of those that run all, if `running`."""
         if running:
             rows = [share.row() for share in list(self._running.values()) if share.job.id.startswith(prefix)]
             return [row for row in rows if row.state == RUNNING]  # others ended, which cannot be recorded yet
-        rows = self._services.jobs.shares(prefix, limit)
+        rows = self._services.job_index.shares(prefix, limit)
         return [self.status(row.job.id) if row.state == RUNNING else row for row in rows]
 
     def plan(self, job: JobRow) -> dict[str, Any]:
         """What this node's share of a job would be; runs nothing. Sizes in bytes."""
         services = self._services
-        inputs = Inputs(job, services.conf, services.position, services.keys, services.jobs)
+        inputs = Inputs(job, services.conf, services.position, services.keys, services.job_index)
         tasks = keys = size = largest = existing = 0
         for found in inputs.all():
             tasks += 1
@@ -207,12 +207,12 @@ class Jobs:
 
     def tasks(self, job_id: str, states: Sequence[str], *, stderr: bool) -> Iterator[list[dict[str, Any]]]:
         """The tasks of a share, in chunks. Raises MissingError."""
-        self._services.jobs.share(job_id)
-        return self._services.jobs.tasks(job_id, states, stderr=stderr)
+        self._services.job_index.share(job_id)
+        return self._services.job_index.tasks(job_id, states, stderr=stderr)
 
     def prune(self, keep_jobs: int, keep_seconds: float) -> None:
         """Forget old jobs, of which JobIndex.old tells, but none that may still run on another node."""
-        index = self._services.jobs
+        index = self._services.job_index
         old = index.old(keep_jobs, keep_seconds, alone=False)
         try:
             running = self._running_elsewhere() if old else set()
@@ -231,8 +231,8 @@ class Jobs:
             with Caller(server, self._services.conf.fingerprint, ASK_SECONDS) as caller:
                 answer = caller.call("GET", "/jobs", {"state": RUNNING})
             try:
-                found |= {share["id"] for share in json.loads(answer)}
-            except (ValueError, TypeError, KeyError):
+                found |= {share["id"] for share in read_answer(server, answer, list)}
+            except (TypeError, KeyError):
                 raise NonsenseError(server) from None
         return found
 
@@ -245,7 +245,7 @@ class Jobs:
         """End all shares; they count as interrupted."""
         shares = list(self._running.values())
         for share in shares:
-            share.cancel(StoppingError("the node is shutting down"))
+            share.cancel(StoppingError())
         until = time.monotonic() + NODE_STOP_SECONDS
         for share in shares:
             share.ended.wait(max(0.0, until - time.monotonic()))
@@ -255,8 +255,8 @@ class Jobs:
         False if that is to be tried again, as on a full disk."""
         with self._lock:  # it does not begin again meanwhile
             try:
-                if job_id not in self._running and job_id in self._services.jobs.running():
-                    self._services.jobs.interrupt(job_id)
+                if job_id not in self._running and job_id in self._services.job_index.running():
+                    self._services.job_index.interrupt(job_id)
             except S4Error:
                 return False
         return True

@@ -164,11 +164,11 @@ class Node:
             self.transfers.drop({(maker.job, maker.task) for maker in makers})
             self.keys.remove_made(parse_folder(folder), makers)
 
-    def submit(self, job: JobRow, *, no_overlap: bool = False) -> ShareRow:
+    def submit(self, job: JobRow, *, no_overlap: bool) -> ShareRow:
         """Start this node's share of a job and return at once how far it is. Raises S4Error."""
         return row_of(self.jobs.start(job, no_overlap=no_overlap))
 
-    def run_job(self, job: JobRow, *, no_overlap: bool = False) -> int:
+    def run_job(self, job: JobRow, *, no_overlap: bool) -> int:
         """Run this node's share of a job to its end; returns its number of tasks. Raises S4Error."""
         with self.waiting_jobs.waiting():
             return outcome(self.jobs.start(job, no_overlap=no_overlap))

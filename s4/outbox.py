@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from s4.config import Conf
-from s4.errors import ConflictError, S4Error, rebuilt
+from s4.errors import ConflictError, S4Error, reason_of, rebuilt
 from s4.exchange import MAX_BATCH_BYTES, MAX_BATCH_KEYS
 from s4.storage import remove_tree
 from s4.workers import Kind, Pool, Ticket
@@ -156,7 +156,7 @@ class Outbox(Generic[T]):
             ]
         except S4Error as e:
             kind = ConflictError if isinstance(e, ConflictError) else S4Error
-            reason = str(e).removeprefix(f"{server}: ")
+            reason = reason_of(e, server)
             outcome = [kind(f"outputs for {server}: {reason}")] * len(batch)
         for sending in batch:
             self._files -= 1

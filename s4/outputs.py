@@ -4,15 +4,15 @@ The outputs of a task of map-to-n lie on other nodes than its record. A node tha
 them all what there is of it, and has them remove what an earlier attempt made.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from s4.config import Conf
-from s4.errors import NodeError, NonsenseError, S4Error, StoppingError
+from s4.errors import NodeError, NonsenseError, S4Error, StoppingError, reason_of
 from s4.http import Caller
 from s4.index import KeyIndex, Maker
 from s4.keys import url
+from s4.leanjson import dumps, read_answer
 
 REMOVED_AT_ONCE = 1000  # tasks whose outputs one request removes
 _SECONDS = 60.0  # for the answer of another node
@@ -47,24 +47,24 @@ class Outputs:
     def _makers_on(self, position: int) -> Iterable[Maker]:
         if position == self._position:
             return self._keys.makers(self._outdir)
-        answer = self._ask(position, "GET", "/outputs")
+        server = str(self._conf.servers[position])
+        answer = self._ask(server, "GET", "/outputs")
         try:
-            return [Maker(folder, job, task) for folder, job, task in json.loads(answer)]
+            return [Maker(folder, job, task) for folder, job, task in read_answer(server, answer, list)]
         except (ValueError, TypeError):
-            raise NonsenseError(str(self._conf.servers[position])) from None
+            raise NonsenseError(server) from None
 
     def remove(self, makers: Sequence[Maker]) -> None:
         """Remove what these tasks made, on all nodes. Raises S4Error."""
         for start in range(0, len(makers), REMOVED_AT_ONCE):
             some = makers[start : start + REMOVED_AT_ONCE]
-            for position in range(len(self._conf.servers)):
+            for position, server in enumerate(map(str, self._conf.servers)):
                 if position == self._position:
                     self._keys.remove_made(self._outdir, some)
-                    continue
-                self._ask(position, "POST", "/remove_outputs", json.dumps(some).encode())
+                else:
+                    self._ask(server, "POST", "/remove_outputs", dumps(some))
 
-    def _ask(self, position: int, method: str, path: str, body: bytes | None = None) -> bytes:
-        server = str(self._conf.servers[position])
+    def _ask(self, server: str, method: str, path: str, body: bytes | None = None) -> bytes:
         with Caller(server, self._conf.fingerprint, _SECONDS) as caller:
             self._caller = caller
             try:
@@ -75,7 +75,7 @@ class Outputs:
                 if self._given_up is not None:
                     raise self._given_up from None
                 if isinstance(e, StoppingError):  # it is not this node that stops
-                    raise NodeError(server, str(e).removeprefix(f"{server}: ")) from e
+                    raise NodeError(server, reason_of(e, server)) from e
                 raise
             finally:
                 self._caller = None

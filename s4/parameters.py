@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import falcon
 
-from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED
+from s4.config import MAX_TIMEOUT, TIMEOUT_NEEDED, plain_number
 from s4.errors import BadRequestError
 from s4.keys import new_job_id
 
@@ -56,12 +56,10 @@ def whole_number(given: dict[str, str], name: str, most: int = 2**62) -> int:
 def positive_seconds(name: str, given: object, default: float, *, or_zero: bool = False) -> float:
     """The number of seconds above 0 (`or_zero`) that is given for `name`, `default` for None."""
     try:
-        seconds = default if given is None else float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        seconds = default if given is None else plain_number(str(given))
+    except (ValueError, OverflowError):
         seconds = -1
-    # float() takes spaces and underscores too.
-    odd = isinstance(given, bool) or (isinstance(given, str) and ("_" in given or given != given.strip()))
-    if odd or not 0 <= seconds <= MAX_TIMEOUT or (seconds == 0 and not or_zero):
+    if not 0 <= seconds <= MAX_TIMEOUT or (seconds == 0 and not or_zero):
         raise BadRequestError(f"{name}: {TIMEOUT_NEEDED}")
     return seconds
 

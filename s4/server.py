@@ -27,6 +27,7 @@ from s4.config import (
     Server,
     local_address,
     own_position,
+    plain_number,
     read_conf,
     timeout_setting,
 )
@@ -60,7 +61,7 @@ def _count(text: str) -> int:
 
 def _days(text: str) -> float:
     try:
-        days = float(text)
+        days = plain_number(text)
     except ValueError:
         days = -1
     if not 0 <= days < 1e6:

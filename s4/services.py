@@ -1,11 +1,13 @@
-"""What shares and evals have in common: what they need of their node, and words for how a command ended."""
+"""What shares and evals have in common: what they need of their node, what a command is told, and
+words for how it ended."""
 
 import signal
 from dataclasses import dataclass
 
 from s4.config import Conf
 from s4.errors import MissingError
-from s4.index import JobIndex, KeyIndex
+from s4.index import JobIndex, KeyIndex, NewTask
+from s4.keys import name_of, url
 from s4.storage import Storage
 from s4.transfers import Transfers
 from s4.workers import Pool
@@ -20,7 +22,7 @@ class Services:
     conf: Conf
     position: int
     keys: KeyIndex
-    jobs: JobIndex
+    job_index: JobIndex
     storage: Storage
     pool: Pool
     transfers: Transfers
@@ -38,6 +40,22 @@ class Services:
         except MissingError:
             self.keys.get(path)  # if the key is gone too, that is what there is to say
             raise
+
+
+def work_name(job: str, task: int, attempt: int) -> str:
+    """What the names of the temporary files and folders of an attempt begin with; see Storage.discard."""
+    return f"{job}.{task}.{attempt}"
+
+
+def variables_of(job: str, task: NewTask, attempt: int) -> dict[str, str]:
+    """What a command that reads one key finds in its environment."""
+    return {
+        "filename": name_of(task.input),
+        "S4_KEY": url(task.input),
+        "S4_JOB": job,
+        "S4_TASK": str(task.task),
+        "S4_ATTEMPT": str(attempt),
+    }
 
 
 def exit_text(exitcode: int) -> str:

@@ -30,7 +30,7 @@ from s4.index.jobs import STEP, STOPPED
 from s4.inputs import Inputs
 from s4.keys import name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
-from s4.services import Services, exit_text, signal_of
+from s4.services import Services, exit_text, signal_of, variables_of, work_name
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
 from s4.text import with_said
 from s4.transfers import Finished
@@ -75,7 +75,7 @@ class Share:
         self.state = RUNNING
         self.end_recorded = False
         self._services = services
-        self._inputs = Inputs(job, services.conf, services.position, services.keys, services.jobs)
+        self._inputs = Inputs(job, services.conf, services.position, services.keys, services.job_index)
         self._listed = False
         self._counts = Counts()
         self._events: queue.SimpleQueue[Ticket | S4Error] = queue.SimpleQueue()
@@ -90,7 +90,7 @@ class Share:
         self._recorded = self._reported = time.monotonic()
         self._started_s = self._finished_s = time.time()
         if again:
-            known = services.jobs.share(job.id)
+            known = services.job_index.share(job.id)
             self._listed, self._counts, self._started_s = known.listed, known.counts, known.started_s
 
     def start(self, on_end: Callable[["Share"], None]) -> None:
@@ -148,9 +148,9 @@ class Share:
     def record_end(self, state: str) -> None:
         """Write down how the share ended. Raises S4Error: then it may be tried again."""
         error = None if self.failure is None or state == DONE else str(self.failure)
-        self._services.jobs.progress(self.job.id, self._changes, self._counts)
-        self._services.jobs.end(self.job.id, state, error, self._finished_s)
-        self._counts = self._services.jobs.share(self.job.id).counts
+        self._services.job_index.progress(self.job.id, self._changes, self._counts)
+        self._services.job_index.end(self.job.id, state, error, self._finished_s)
+        self._counts = self._services.job_index.share(self.job.id).counts
         self.end_recorded = True
 
     def _run(self) -> None:
@@ -191,19 +191,19 @@ class Share:
             if self.job.skip_existing and self.job.kind == MAP_TO_N and not skip:
                 half_made += self._inputs.half_made(path)
             if len(found) == STEP:
-                self._services.jobs.add_tasks(self.job.id, found)
+                self._services.job_index.add_tasks(self.job.id, found)
                 found = []
                 self._check_cancelled()
         self._inputs.outputs.remove(half_made)
-        self._services.jobs.add_tasks(self.job.id, found)
-        self._services.jobs.listed(self.job.id, self._counts)
+        self._services.job_index.add_tasks(self.job.id, found)
+        self._services.job_index.listed(self.job.id, self._counts)
         self._listed = True
         self._check_cancelled()
 
     def _remove_earlier(self) -> None:
         """Remove what earlier runs made in tasks that are to run again: they may make less this time."""
         last = -1
-        while waiting := self._services.jobs.waiting(self.job.id, last, READ_TASKS):
+        while waiting := self._services.job_index.waiting(self.job.id, last, READ_TASKS):
             makers = [Maker(name_of(task.input), self.job.id, task.task) for task, _attempt in waiting]
             if self.job.skip_existing:
                 makers += self._skip_done(waiting, makers)
@@ -223,7 +223,7 @@ class Share:
                 self._changes.append(TaskChange(task.task, SKIPPED, attempt))
             else:
                 half_made += self._inputs.half_made(task.input)
-        self._services.jobs.progress(self.job.id, self._changes, self._counts)
+        self._services.job_index.progress(self.job.id, self._changes, self._counts)
         self._changes.clear()
         return half_made
 
@@ -257,7 +257,7 @@ class Share:
     def _read_tasks(self) -> None:
         if self._all_read:
             return
-        waiting = self._services.jobs.waiting(self.job.id, self._last_read, READ_TASKS)
+        waiting = self._services.job_index.waiting(self.job.id, self._last_read, READ_TASKS)
         for task, last_attempt in waiting:
             self._ready.append(_Attempt(task, last_attempt + 1, self.job.retries))
             self._last_read = task.task
@@ -310,15 +310,15 @@ class Share:
 
     def _command(self, attempt: _Attempt, files: list[str]) -> Command:
         task, name = attempt.task, self._work_name(attempt)
+        variables = variables_of(self.job.id, task, attempt.number)
         stdin: str | None
         lines: list[str]
         if self.job.kind == MAP_FROM_N:
             stdin, lines = None, files
-            variables = {"S4_KEY": prefix_of(name_of(task.input))}
+            del variables["filename"]
+            variables["S4_KEY"] = prefix_of(name_of(task.input))
         else:
             [stdin], lines = files, []
-            variables = {"filename": name_of(task.input), "S4_KEY": url(task.input)}
-        variables |= {"S4_JOB": self.job.id, "S4_TASK": str(task.task), "S4_ATTEMPT": str(attempt.number)}
         collect: str | Destination = "stdout"
         stdout_bytes = task.bytes_in  # most commands print less; whether more is not known
         if self.job.kind == MAP_TO_N:
@@ -336,7 +336,7 @@ class Share:
         )
 
     def _work_name(self, attempt: _Attempt) -> str:
-        return f"{self.job.id}.{attempt.task.task}.{attempt.number}"
+        return work_name(self.job.id, attempt.task.task, attempt.number)
 
     def _next_events(self) -> list[Ticket]:
         """Wait for one event, and take all that are there with it; for a moment only if something gathers or
@@ -433,7 +433,7 @@ class Share:
                     refused.append((attempt, str(error), error))
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(finished.file.file)
-            self._services.jobs.change(db, self.job.id, self._changes)
+            self._services.job_index.change(db, self.job.id, self._changes)
 
         if not here:
             return refused
@@ -549,7 +549,7 @@ class Share:
                 self._changes.append(self._change(attempt, RUNNING))
         if self._changes or now > self._reported + PROGRESS_SECONDS:
             self._reported = now
-            self._services.jobs.progress(self.job.id, self._changes, self._counts)
+            self._services.job_index.progress(self.job.id, self._changes, self._counts)
             self._changes.clear()
 
     def _abandon(self, state: str) -> None:

@@ -74,7 +74,7 @@ class Database:
         """One transaction; rolled back if the block raises. Raises S4Error if SQLite fails."""
         with self._write_lock:
             if self._closed:
-                raise StoppingError("the node is shutting down")
+                raise StoppingError()
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer

@@ -188,7 +188,7 @@ class Pool:
                 if not self._dispatch():
                     self._wake()
                 return ticket
-        error = StoppingError("the node is shutting down")
+        error = StoppingError()
         ticket._finish(None, error)
         raise error
 
@@ -211,7 +211,7 @@ class Pool:
         """End all workers and what they run; everything unfinished fails with StoppingError."""
         with self._lock:
             self._stopping = True
-            error = StoppingError("the node is shutting down")
+            error = StoppingError()
             for queue in self._queues.values():
                 self._finished += [(ticket, None, error) for ticket in queue]
                 queue.clear()
@@ -338,7 +338,7 @@ class Pool:
             self._workers[pid] = worker
             self._idle.append(worker)
             if self._stopping:
-                self._kill(worker, StoppingError("the node is shutting down"))
+                self._kill(worker, StoppingError())
 
     def _hear(self, worker: _Worker) -> None:
         try:
