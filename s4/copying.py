@@ -219,7 +219,7 @@ def _put_folder(client: "Client", src: str, dst: str) -> None:
     refused: list[str] = []
     for file, below in _local_files(src, failures):
         try:
-            items.append(Item(file, parse_key(folder + below), os.stat(file).st_size))
+            items.append(Item(file, parse_key(url(folder + below)), os.stat(file).st_size))
         except S4Error as e:
             refused.append(f"{file}: {e}")
         except OSError as e:

@@ -247,6 +247,7 @@ def test_files_whose_names_are_no_keys_are_each_named(cluster: Cluster, bucket: 
     result = cluster.run("cp", "-r", "src", f"{bucket}/dst/", cwd=folder)
     assert result.code == 1
     assert "white space" in result.err and "here" in result.err and "line" in result.err
+    assert f"bad key '{bucket}/" in result.err
     assert "new\nline" not in result.err
 
 

@@ -413,7 +413,9 @@ def test_a_second_ctrl_c_leaves_at_once(three: Cluster) -> None:
     os.kill(three.nodes[0].pid, signal.SIGSTOP)
     try:
         client.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        assert client.stderr is not None
+        said = iter(client.stderr.readline, b"")
+        assert any(b"cancelling job" in line for line in said)  # the first has arrived
         assert client.poll() is None
         client.send_signal(signal.SIGINT)
         assert client.wait(2) == 130
