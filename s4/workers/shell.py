@@ -98,7 +98,7 @@ class Shell:
         variables = [f"{name}={value}" for name, value in {"LC_ALL": "C", **environment}.items()]
         fields = [folder, stdin, stdout, stderr, command, *variables]
         with open(self._job_file, "wb") as f:
-            f.write(b"".join(os.fsencode(field) + b"\0" for field in fields))
+            f.write(os.fsencode("\0".join(fields) + "\0"))
         try:
             exitcode, usage = self._run_job_file()
         except BaseException:
