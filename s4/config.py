@@ -166,8 +166,8 @@ def local_address(host: str) -> str | None:
 
 
 def plain_number(text: str) -> float:
-    """A number. Raises ValueError, also for white space and underscores, which float() takes."""
-    if "_" in text or text != text.strip():
+    """A number. Raises ValueError, also for blanks, underscores and other digits, which float() takes."""
+    if "_" in text or text != text.strip() or not text.isascii():
         raise ValueError(text)
     return float(text)
 

@@ -90,6 +90,10 @@ class TransferError(S4Error):
     """The bytes of a key did not arrive whole: stalled, cut short, or with another checksum."""
 
 
+class StalledError(TransferError):
+    """No byte moved for too long."""
+
+
 class CommandError(S4Error):
     """A command of a job failed: exit code, signal, time limit, or outputs that break the rules."""
 

@@ -10,7 +10,7 @@ import _socket  # for the reason in dial.py
 import os
 from collections.abc import Callable, Sequence
 
-from s4.errors import MissingError, NonsenseError, S4Error, TransferError
+from s4.errors import MissingError, NonsenseError, S4Error, StalledError, TransferError
 from s4.http import ERROR_OF_STATUS, Caller
 from s4.keys import url
 from s4.leanjson import dumps, read_answer
@@ -41,13 +41,17 @@ def put_one(caller: Caller, path: str, source: int, size: int | None, name: str)
             if size is not None and sent != size:
                 raise S4Error(f"{name}: the file became shorter while it was sent")
     except TransferError as e:
-        broken = TransferError(f"{name}: {e}")  # the node knows why it hung up, such as a full disk
+        broken = type(e)(f"{name}: {e}")  # the node knows why it hung up, such as a full disk
     except OSError as e:
         raise S4Error(f"{name}: {e.strerror}") from e
     try:
         caller.call("POST", "/confirm_put", {"uuid": uuid, "checksum": checksum})
-    except MissingError:
-        raise broken or TransferError(f"{url(path)}: {caller.server} gave up the transfer") from None
+    except S4Error as e:
+        if isinstance(broken, StalledError):  # then it was we who hung up
+            raise broken from None
+        if isinstance(e, MissingError):
+            raise broken or TransferError(f"{url(path)}: {caller.server} gave up the transfer") from None
+        raise
     if broken is not None:
         raise broken
 

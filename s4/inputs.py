@@ -10,6 +10,8 @@ from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of
 from s4.outputs import Outputs
 from s4.states import DONE, MAP, MAP_FROM_N, MAP_TO_N, RUNNING
 
+CLOCK_SECONDS = 60  # how far the clocks of nodes may be apart
+
 
 class Input(NamedTuple):
     """What one command works on: the path of a key (of a group its first), and how many keys and bytes."""
@@ -26,6 +28,15 @@ class Group(NamedTuple):
     size: int
 
 
+class _Made(NamedTuple):
+    """A task that made keys, when it made the last of them, and its input and state if they are known."""
+
+    maker: Maker
+    created_s: int
+    origin: str | None
+    state: str | None
+
+
 class Inputs:
     """The inputs of a job on the node at `position`. Raises BadRequestError for folders that are refused."""
 
@@ -36,7 +47,7 @@ class Inputs:
         self._jobs = jobs
         self._groups: dict[str, Group] | None = None
         self.outputs = Outputs(conf, position, keys, self._target)
-        self._makers: dict[str, set[Maker]] | None = None
+        self._makers: dict[str, dict[Maker, int]] | None = None
 
     def all(self) -> Iterator[Input]:
         """Every input, in key order; groups in the order of their prefixes."""
@@ -82,30 +93,32 @@ class Inputs:
         """Whether the output for an input exists already.
 
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
-        or of which nothing is known any more; what `besides` made does not count.
-        Raises NodeError if a node does not answer.
+        or of which nothing is known any more, unless they are older than it; what `besides` made does not
+        count. Raises NodeError if a node does not answer.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
-        made = [found for found in self._made_from(path) if found[0] != besides]
-        states = [state for _maker, origin, state in made if origin == path]
+        made = [found for found in self._made_from(path) if found.maker != besides]
+        states = [found.state for found in made if found.origin == path]
         if states:
             return DONE in states or RUNNING in states
-        return any(origin is None for _maker, origin, _state in made)
+        unknown = [found.created_s for found in made if found.origin is None]
+        [key] = self._keys.get_all([path])
+        return bool(unknown) and (key is None or max(unknown) + CLOCK_SECONDS >= key.created_s)
 
     def half_made(self, path: str) -> list[Maker]:
         """The tasks that made some of the outputs for an input of a shuffle, and did not end well. Raises
         NodeError if a node does not answer."""
-        made = self._made_from(path)
-        return [maker for maker, origin, state in made if origin == path and state not in (DONE, RUNNING)]
+        made = [found for found in self._made_from(path) if found.origin == path]
+        return [found.maker for found in made if found.state not in (DONE, RUNNING)]
 
-    def _made_from(self, path: str) -> list[tuple[Maker, str | None, str | None]]:
-        """What made keys in the folder for an input: the task, its input and state if they are known."""
+    def _made_from(self, path: str) -> list[_Made]:
+        """What made keys in the folder for an input."""
         if self._makers is None:
             self._makers = self.outputs.makers()
         found = []
-        for maker in self._makers.get(name_of(path), ()):
+        for maker, created_s in self._makers.get(name_of(path), {}).items():
             _folder, job, task = maker
             known = None if job is None or task is None else self._jobs.made_from(job, task)
-            found.append((maker, *(known or (None, None))))
+            found.append(_Made(maker, created_s, *(known or (None, None))))
         return found

@@ -166,13 +166,15 @@ class TaskList(Resource):
 
 
 class Outputs(Resource):
-    """GET /outputs?prefix=: what made the keys here in the folders of an OUTDIR, as JSON [folder, job, task].
+    """GET /outputs?prefix=: what made the keys here in the folders of an OUTDIR, as JSON [folder, job, task,
+    seconds since 1970 of the last].
 
     Asked by a node that is to skip inputs of a shuffle whose outputs exist.
     """
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        answer_json(resp, list(self._node.makers(needed(query_of(req), "prefix"))))
+        found = self._node.makers(needed(query_of(req), "prefix"))
+        answer_json(resp, [[*maker, created_s] for maker, created_s in found.items()])
 
 
 class RemoveOutputs(Resource):

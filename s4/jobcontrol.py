@@ -263,14 +263,10 @@ def _cancel_everywhere(client: Client, job: str, run: int | None) -> Found:
 
 def _ended_well(summary: JobSummary) -> JobSummary:
     if summary.is_empty:
-        raise _nothing_to_map(summary)
+        raise JobError(summary, f"nothing to map: no keys in {summary.indir}")
     if summary.state != DONE:
         raise JobError(summary, ending(summary), failure_lines(summary))
     return summary
-
-
-def _nothing_to_map(summary: JobSummary) -> JobError:
-    return JobError(summary, f"nothing to map: no keys in {summary.indir}")
 
 
 def wait(client: Client, prefix: str, watch: Watch | None) -> JobSummary:
@@ -324,7 +320,7 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         raise BadRequestError(f"job {found.job} is an eval: run it again with s4 eval")
     summary = found.summary()
     if summary.is_empty:
-        raise _nothing_to_map(summary)
+        raise JobError(summary, f"job {found.job} found nothing to map: start it again")
     if summary.state == RUNNING:
         raise ConflictError(
             f"job {found.job} is still running: s4 wait {found.job}, or s4 cancel {found.job}"
@@ -396,21 +392,22 @@ def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
     listed = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
-    newest_ids = [job.job for job in merged(listed, complete=True)[:limit] if job.kind != EVAL]
+    chosen = [job.job for job in merged(listed, complete=True)[:limit]]
+    alone = {share.id for shares in listed.values() for share in shares if share.alone}
 
     def whole(server: str) -> list[ShareStatus]:
-        """What a server has of the newest jobs, also of those that its own newest do not reach back to."""
+        """What a server has of the chosen jobs, also of those that its own newest do not reach back to."""
         found = listed[server]
         known = {share.id for share in found}
-        for job in newest_ids if len(found) == limit else ():
-            if job not in known:
+        for job in chosen if len(found) == limit else ():
+            if job not in known and job not in alone:
                 found += [s for s in jobcalls.shares(client, server, prefix=job) if s.id == job]
         return found
 
     answers |= each(whole, list(listed))
     shares = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
     unreachable = [answer for answer in answers.values() if isinstance(answer, UnreachableError)]
-    yield from merged(shares, complete=not unreachable)[:limit]
+    yield from (job for job in merged(shares, complete=not unreachable) if job.job in chosen)
     if unreachable:
         raise down(unreachable)
 

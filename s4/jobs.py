@@ -78,7 +78,8 @@ class Jobs:
     def _check_overlap(self, job: JobRow) -> None:
         for share in self._running.values():
             if share.job.same_work(job) and not share.ended.is_set():
-                raise OverlapError(f"job {share.job.id} is still running on {self._services.server}")
+                where = self._services.server
+                raise OverlapError(f"job {share.job.id} is still running on {where}; nothing was started")
 
     def _check_room(self) -> None:
         if len(self._running) >= MAX_RUNNING:

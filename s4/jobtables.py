@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from s4.report import counts, how_it_ended, total
+from s4.report import NOTHING, counts, how_it_ended, total
 from s4.states import FAILED, INTERRUPTED, LOST, MISSING, RUNNING
 from s4.summary import JobSummary, PlanPart, Task
 from s4.text import as_typed, duration, pairs, printable, shortened, size, table, without_controls
@@ -28,6 +28,8 @@ JOBLOG_COLUMNS = (
     "BytesOut",
 )
 NO_EXIT_CODE = -1  # as parallel has it for a command that was killed before it ended by itself
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_ESCAPES |= {ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 _STDERR_INDENT = " " * 4
 
 
@@ -65,7 +67,7 @@ def job_page(job: JobSummary) -> list[str]:
             ("command", as_typed(job.command)),
             ("run", str(job.run)),
             ("started", moment(job.started_s)),
-            ("tasks", counts(job)),
+            ("tasks", counts(job) + (f"; {NOTHING}" if job.is_empty else "")),
         ]
     )
     rows: list[tuple[str, ...]] = [
@@ -133,8 +135,7 @@ def joblog_row(task: Task, command: str) -> str:
 def escaped(text: str) -> str:
     """A field of tab-separated text: backslashes doubled, tabs and line ends as \\t, \\n and \\r, and other
     control characters as \\x1b."""
-    text = text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
-    return without_controls(text.replace("\r", "\\r"))
+    return text.translate(_ESCAPES)
 
 
 def plan_page(parts: Sequence[PlanPart]) -> list[str]:

@@ -35,6 +35,9 @@ def with_scheme(text: str) -> str:
     return text
 
 
+EXISTS = "key exists already"  # how the reason begins why a key is not made
+
+
 def parse_key(text: str) -> str:
     """The path of a key, `s4://` optional. Raises BadKeyError with the rule that the key breaks."""
     path = _checked_path(text)

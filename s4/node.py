@@ -72,7 +72,7 @@ class Node:
         self.position = position
         self.limits = limits
         self.storage = Storage(data)
-        _check_index_is_there(self.storage)
+        _check_index(self.storage)
         self.database = Database(self.storage.index_path)
         self.keys = KeyIndex(self.database, self.storage.unlink)
         self.underway = Underway(self.database)
@@ -131,7 +131,7 @@ class Node:
         return self._long(self.jobs.tasks(job_id, states, stderr=stderr))
 
     def _long(self, chunks: Iterator[T]) -> Iterator[T]:
-        """What may take seconds to produce, as more than two chunks do: a few at once. Raises BusyError."""
+        """What may take seconds to produce, as two chunks or more do: a few at once. Raises BusyError."""
         first = list(islice(chunks, 2))
         if len(first) < 2:
             yield from first
@@ -151,8 +151,8 @@ class Node:
         else:
             self.keys.remove(self.own_key(prefix))
 
-    def makers(self, folder: str) -> set[Maker]:
-        """All that made keys here in folders of `folder`. Raises BadRequestError, BusyError."""
+    def makers(self, folder: str) -> dict[Maker, int]:
+        """All that made keys here in folders of `folder`, and when. Raises BadRequestError, BusyError."""
         with self.listings.waiting():
             return self.keys.makers(parse_folder(folder))
 
@@ -233,8 +233,10 @@ class Node:
             self.storage.empty_temporary()
 
 
-def _check_index_is_there(storage: Storage) -> None:
-    """Raises S4Error if it is not, but files are: they would be no keys, and be written over."""
+def _check_index(storage: Storage) -> None:
+    """Raises S4Error if files are there of which the index does not know: they would be written over."""
+    if os.path.exists(storage.reindex_mark):
+        raise S4Error(f"the last reindex of {storage.root} did not end: run 's4-server reindex' again")
     path = storage.index_path
     if not (os.path.exists(path) and os.path.getsize(path)) and any(map(is_key, storage.walk())):
         raise S4Error(

@@ -5,7 +5,7 @@ them all what there is of it, and has them remove what an earlier attempt made.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from s4.config import Conf
 from s4.errors import NodeError, NonsenseError, S4Error, StoppingError, reason_of
@@ -30,27 +30,32 @@ class Outputs:
         self._given_up: S4Error | None = None
 
     def abort(self, reason: S4Error) -> None:
-        """Have what waits for another node, or would wait, fail with this reason."""
-        self._given_up = reason
+        """Have what waits for another node, or would wait, fail with this reason; the first one counts.
+
+        Where a connection is just being made, that takes some seconds.
+        """
+        self._given_up = self._given_up or reason
         caller = self._caller
         if caller is not None:
             caller.abort()
 
-    def makers(self) -> dict[str, set[Maker]]:
-        """All that made keys there, by folder. Raises NodeError."""
-        found: defaultdict[str, set[Maker]] = defaultdict(set)
+    def makers(self) -> dict[str, dict[Maker, int]]:
+        """All that made keys there, by folder, and when the last of them, in seconds since 1970. Raises
+        NodeError."""
+        found: defaultdict[str, dict[Maker, int]] = defaultdict(dict)
         for position in range(len(self._conf.servers)):
-            for maker in self._makers_on(position):
-                found[maker.folder].add(maker)
+            for maker, created_s in self._makers_on(position).items():
+                known = found[maker.folder]
+                known[maker] = max(created_s, known.get(maker, created_s))
         return found
 
-    def _makers_on(self, position: int) -> Iterable[Maker]:
+    def _makers_on(self, position: int) -> dict[Maker, int]:
         if position == self._position:
             return self._keys.makers(self._outdir)
         server = str(self._conf.servers[position])
         answer = self._ask(server, "GET", "/outputs")
         try:
-            return [Maker(folder, job, task) for folder, job, task in read_answer(server, answer, list)]
+            return {Maker(*maker): int(created_s) for *maker, created_s in read_answer(server, answer, list)}
         except (ValueError, TypeError):
             raise NonsenseError(server) from None
 

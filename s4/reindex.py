@@ -31,6 +31,21 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     if not os.path.isdir(data):
         raise S4Error(f"data folder {data} does not exist: name that of the node with --data")
     storage = Storage(data)
+    try:
+        with open(storage.reindex_mark, "wb") as mark:
+            os.fsync(mark.fileno())
+        counts = _reindex(conf, position, storage)
+        os.unlink(storage.reindex_mark)
+    except KeyboardInterrupt:
+        print("interrupted; the node does not start before a reindex has ended", file=sys.stderr)
+        raise
+    finally:
+        storage.close()
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+def _reindex(conf: Conf, position: int, storage: Storage) -> dict[str, int]:
+    """What reindex does in a data folder that is open; how many files there were, and what became of them."""
     database = _open(storage.index_path)
     keys = KeyIndex(database, storage.unlink)
     recover(storage, database, adopting=True)
@@ -61,8 +76,7 @@ def reindex(conf: Conf, position: int, data: str) -> None:
         pool.stop()
         storage.empty_temporary()
         database.close()
-        storage.close()
-    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    return counts
 
 
 def _open(path: str) -> Database:

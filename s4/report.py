@@ -1,8 +1,11 @@
 """What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
 
+from s4.keys import EXISTS
 from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
 from s4.summary import JobSummary, Part, Task
 from s4.text import duration, size, with_said
+
+NOTHING = "there was nothing to map"
 
 
 def beginning(summary: JobSummary) -> str:
@@ -47,9 +50,15 @@ def counts(summary: JobSummary) -> str:
 
 def ending(summary: JobSummary) -> str:
     """The line at the end; that of a failure says what to do."""
-    if summary.state in (FAILED, INTERRUPTED) and summary.kind != EVAL:
-        return f"job {summary.job} {summary.state}: {counts(summary)}; to do the rest: s4 retry {summary.job}"
-    return f"job {summary.job} {summary.state}: {counts(summary)}"
+    line = f"job {summary.job} {summary.state}: {counts(summary)}"
+    if summary.is_empty:
+        return f"{line}; {NOTHING}"
+    if summary.state not in (FAILED, INTERRUPTED) or summary.kind == EVAL:
+        return line
+    errors = [task.error or "" for task in summary.failures]
+    if errors and all(error.startswith(EXISTS) for error in errors):
+        return f"{line}; with --skip-existing what exists is left out"
+    return f"{line}; to do the rest: s4 retry {summary.job}"
 
 
 def failure(task: Task) -> str:

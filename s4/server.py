@@ -125,6 +125,7 @@ def main() -> None:
             case "reindex":
                 from s4.reindex import reindex
 
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 conf = read_conf(arguments.conf)
                 position = own_position(conf, arguments.port)
                 reindex(conf, position, _away_from_here(arguments.data))

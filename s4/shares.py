@@ -84,6 +84,7 @@ class Share:
         self._ready: deque[_Attempt] = deque()
         self._to_repeat: list[_Attempt] = []  # failed, but some of their outputs may be on their way
         self._threads: dict[str, str] = {}
+        self._again = again
         self._last_read = -1
         self._all_read = False
         self._changes: list[TaskChange] = []
@@ -155,8 +156,9 @@ class Share:
 
     def _run(self) -> None:
         if not self._listed:
+            self._check_record_is_there()
             self._list()
-        if self.job.kind == MAP_TO_N and self.job.run > 1:
+        if self.job.kind == MAP_TO_N and self._again:
             self._remove_earlier()
         log.info("job %s %s started, %d tasks", self.job.id, self.job.kind, self._counts.tasks)
         self._threads = self._share_of_cpus()
@@ -176,6 +178,22 @@ class Share:
         at_once = min(self._services.slots, self._counts.tasks - self._counts.skipped - self._counts.done)
         threads = max(1, cpus // max(1, at_once))
         return {} if threads == cpus or _THREADS in os.environ else {_THREADS: str(threads)}
+
+    def _check_record_is_there(self) -> None:
+        """Raises ConflictError if a retry finds outputs of this share, which then ran before, but no record.
+
+        Outputs on other nodes would be taken for those of an attempt that failed, and be removed.
+        """
+        if self.job.kind != MAP_TO_N or self.job.run == 1:
+            return
+        servers = len(self._services.conf.servers)
+        for makers in self._inputs.outputs.makers().values():
+            for _folder, job, task in makers:
+                if job == self.job.id and task is not None and task % servers == self._services.position:
+                    raise ConflictError(
+                        f"the record of job {job} is lost here, but its outputs are there:"
+                        " start it again with --skip-existing"
+                    )
 
     def _list(self) -> None:
         """Record a waiting task for each input."""
@@ -510,21 +528,27 @@ class Share:
 
     def _repeat(self) -> None:
         """Have tasks tried again that failed, once nothing of them is on its way any more."""
-        for attempt in [attempt for attempt in self._to_repeat if not attempt.unsettled]:
+        settled = [attempt for attempt in self._to_repeat if not attempt.unsettled]
+        half_made = [attempt for attempt in settled if self.job.kind == MAP_TO_N and attempt.outputs]
+        tasks = [attempt.task for attempt in half_made]
+        problem = None
+        try:  # all at once, for a node that does not answer takes a minute
+            self._inputs.outputs.remove([Maker(name_of(t.input), self.job.id, t.task) for t in tasks])
+        except (CancelledError, StoppingError):
+            raise
+        except S4Error as e:
+            problem = e
+        for attempt in settled:
             self._to_repeat.remove(attempt)
-            try:
-                if self.job.kind == MAP_TO_N and attempt.outputs:
-                    made = Maker(name_of(attempt.task.input), self.job.id, attempt.task.task)
-                    self._inputs.outputs.remove([made])
-            except (CancelledError, StoppingError):
-                raise
-            except S4Error as e:  # such as of a node that is down
+            if problem is not None and attempt in half_made:
                 assert attempt.failure is not None
-                problem = f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {e}"
-                self._give_up(attempt, attempt.failure._replace(error=problem), e)
-                self._stop_at_failure()
+                text = (
+                    f"{attempt.failure.error}; not tried again, for its outputs cannot be removed: {problem}"
+                )
+                self._give_up(attempt, attempt.failure._replace(error=text), problem)
             else:
                 self._ready.appendleft(_Attempt(attempt.task, attempt.number + 1, attempt.tries_left - 1))
+        self._stop_at_failure()
 
     def _give_up(self, attempt: _Attempt, change: TaskChange, error: S4Error | None) -> None:
         """The task failed, because of `error` if it was not by the command's own end."""
@@ -569,4 +593,7 @@ class Share:
             if state == INTERRUPTED:
                 change = change._replace(error=STOPPED)
             self._changes.append(change)
+        for attempt in self._to_repeat:
+            assert attempt.failure is not None
+            self._changes.append(attempt.failure._replace(state=CANCELLED))
         self._services.storage.discard(self.job.id)

@@ -76,6 +76,11 @@ class Storage:
         return os.path.join(self.root, "_index", "node.db")
 
     @property
+    def reindex_mark(self) -> str:
+        """A file that is there while a reindex is not finished."""
+        return os.path.join(self.root, "_index", "reindexing")
+
+    @property
     def run_folder(self) -> str:
         """A folder for the worker processes, whose folders in it are spread over the disk."""
         return os.path.join(self.root, "_run")
@@ -274,7 +279,10 @@ class Storage:
                 entries = os.scandir(os.path.join(self.root, current))
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except OSError as e:  # such as lost+found, or thousands in each other
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+                    raise
+                # Such as lost+found, or thousands in each other.
                 leave_alone(current, e.strerror or str(e))
                 continue
             with entries:

@@ -20,7 +20,7 @@ from functools import partial
 import xxhash
 
 from s4.dial import dial
-from s4.errors import TransferError
+from s4.errors import StalledError, TransferError
 
 TYPE_CHECKING = False  # what only annotations need is not imported: typing takes 3 ms
 if TYPE_CHECKING:
@@ -245,8 +245,8 @@ def _broken(e: OSError) -> TransferError:
     return TransferError(f"the connection broke: {_reason(e)}")
 
 
-def _stalled() -> TransferError:
-    return TransferError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
+def _stalled() -> StalledError:
+    return StalledError(f"no bytes moved for {IDLE_SECONDS:g} seconds")
 
 
 def _reason(e: OSError) -> str:

@@ -37,6 +37,7 @@ from s4.workers.tasks import Receive, Received, Send, StoredFile
 # How long bytes that arrived wait for their confirmation; as long as they took if that is longer, for the
 # caller may have to read them once more for their checksum.
 UNCONFIRMED_SECONDS = 10.0
+DEATH_SECONDS = 1.0  # for it to be known that a worker is dead
 OUTCOME_SECONDS = 60.0  # how long the outcome is kept for a repeated confirm
 IDLE_LISTENERS = 64  # kept for further transfers
 OPEN_TRIES = 10  # for keys that change meanwhile
@@ -330,9 +331,14 @@ class Transfers:
         """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
         transfer = self._find(name, put=False)
         self._end(transfer, [])
+        if transfer.checksums != [checksum]:
+            # The bytes of a worker that died have ended before the pool hears of it.
+            transfer.ticket.wait_done(DEATH_SECONDS)
         if transfer.ticket.done:
             try:
                 transfer.ticket.result()
+            except StoppingError:
+                raise
             except S4Error as e:
                 raise TransferError(f"{url(transfer.paths[0])} was not sent whole: {e}") from e
         if transfer.checksums != [checksum]:

@@ -65,9 +65,16 @@ def command_of(words: Sequence[str], commands: Collection[str]) -> tuple[str, li
             skip = True
         elif word == "-" or not word.startswith("-") or "--" in words[:i]:
             if word not in commands:
-                raise MisuseError(f"unknown command {word!r}; the commands are {', '.join(commands)}")
+                raise MisuseError(f"unknown command {word!r}; {_suggestion(word, commands)}")
             return word, [*words[:i], *words[i + 1 :]]
     return "", list(words)
+
+
+def _suggestion(word: str, commands: Collection[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, commands, 1)
+    return f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(commands)}"
 
 
 class Usage:

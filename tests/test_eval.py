@@ -342,3 +342,23 @@ def test_no_signal_is_ignored_in_a_command(start_cluster: Callable[..., Cluster]
 def test_the_word_time_alone_is_that_of_bash(cluster: Cluster, key: str) -> None:
     result = cluster.run("eval", key, "time")
     assert result.code == 0 and "real" in result.err
+
+
+def test_temporary_files_of_a_command_go_with_it(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, start=False)
+    cluster.env.pop("TMPDIR", None)
+    (node,) = cluster.nodes
+    node.start()
+    cluster.put("s4://b/000")
+    made = cluster.s4(
+        "eval", "s4://b/000", "mktemp; mktemp -d; echo x > $(mktemp); ls -A $TMPDIR | wc -l"
+    ).lines
+    assert all(line.startswith(f"{node.data}/_run/") for line in made[:2]) and made[2] == "3"
+    killed = "map", "s4://b/", "s4://out/", "mktemp >&2; touch going; sleep 600.77", "--timeout", "0.5"
+    assert f"{node.data}/_run/" in cluster.fails(*killed, code=1, says="time limit")
+    assert cluster.s4("eval", "s4://b/000", "ls -A $TMPDIR").out == b""
+    eventually(lambda: not list(node.data.glob("_run/*/tmp/*")), 5, "all are gone")
+    node.terminate()
+    cluster.env["TMPDIR"] = str(cluster.work)
+    node.start()
+    assert cluster.s4("eval", "s4://b/000", "echo $TMPDIR").lines == [str(cluster.work)]

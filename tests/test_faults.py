@@ -1441,3 +1441,52 @@ def test_a_share_that_waits_for_a_silent_node_can_be_ended(start_cluster: Start)
         ("two", "interrupted"),
     ]
     assert not [*here.data.glob("_run/*"), *here.data.glob("_temp*/*")]
+
+
+def test_what_is_older_than_an_input_was_not_made_from_it(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    shuffle = partial(cluster.s4, "map-to-n", "s4://b/in/", "s4://b/out/")
+    cluster.put("s4://b/in/one/000")
+    shuffle("echo > one; ls")
+    with _index_of(node) as index:  # much later, when its records are pruned
+        index.execute("update keys set created_s = created_s - 1000")
+        index.execute("delete from tasks")
+        index.execute("delete from jobs")
+    cluster.put("s4://b/in/two/000")
+    assert "1/2 tasks done, 0 failed, 1 skipped" in shuffle("echo > two; ls", "--skip-existing").err
+    assert cluster.keys("s4://b/out/") == ["s4://b/out/000/one", "s4://b/out/000/two"]
+    assert "0/2 tasks done, 0 failed, 2 skipped" in shuffle("echo > two; ls", "--skip-existing").err
+
+
+def test_a_get_whose_worker_dies_was_not_sent_whole(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    assert node.put("s4://b/000", bytes(60 << 20)).status == 200
+    uuid, port = node.prepare_get("s4://b/000")
+    with node.dial(port) as connection:
+        connection.recv(1)
+        for worker in node.workers():
+            os.kill(worker.pid, signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            read_to_end(connection)
+        answer = node.post("/confirm_get", uuid=uuid, checksum="1")
+    assert answer.status == 400 and "was not sent whole: worker process" in answer.text
+
+
+def test_a_retry_of_what_a_lost_index_knew_removes_nothing(start_cluster: Start) -> None:
+    cluster = start_cluster(2)
+    here, other = cluster.nodes
+    cluster.put_all({f"s4://b/in/{i:03}": b"" for i in range(4)})
+    shuffle = ("map-to-n", "s4://b/in/", "s4://b/out/", "echo > 000; echo > 001; ls")
+    cluster.s4(*shuffle)
+    before = cluster.contents("s4://b/out/")
+    here.terminate()
+    for file in (here.data / "_index").glob("node.db*"):
+        file.unlink()
+    reindex = ("reindex", "-port", str(here.port), "-conf", str(cluster.conf))
+    assert cluster.run(*reindex, program=[SERVER], cwd=here.folder).code == 0
+    here.start()
+    [(job,)] = other.rows("select id from jobs where kind = 'map-to-n'")
+    shown = cluster.run("retry", job)
+    assert shown.code == 1 and f"the record of job {job} is lost here" in shown.err
+    assert cluster.contents("s4://b/out/") == before
+    assert "0/4 tasks done, 0 failed, 4 skipped" in cluster.s4(*shuffle, "--skip-existing").err

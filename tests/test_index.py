@@ -1,6 +1,7 @@
 """The index on a real SQLite file: migrations, prefix ranges, what queries cost, and the sums of buckets."""
 
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from s4.index import (
     Underway,
 )
 from s4.index import keys as index_keys
+from s4.index.database import RESERVE_BYTES
 from s4.index.query import run_query
 from s4.index.schema import MEANINGS, schema
 
@@ -632,11 +634,16 @@ def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
         NewKey("b/outer/x/0", 1, "0", "one", 0),
     ]
     assert keys.add(rows, lambda _i: None) == [None] * len(rows)
-    assert keys.makers("b/out/") == {("x", "one", 0), ("x", "two", 0), ("z", "one", 1), ("put", None, None)}
+    assert set(keys.makers("b/out/")) == {
+        ("x", "one", 0),
+        ("x", "two", 0),
+        ("z", "one", 1),
+        ("put", None, None),
+    }
     doomed = [Maker("x", "one", 0), Maker("z", "two", 1), Maker("nothing", "one", 1)]
     keys.remove_made("b/out/", doomed)
     assert gone == ["b/out/x/0", "b/out/x/1"]
-    assert keys.makers("b/out/") == {("x", "two", 0), ("z", "one", 1), ("put", None, None)}
+    assert set(keys.makers("b/out/")) == {("x", "two", 0), ("z", "one", 1), ("put", None, None)}
     jobs.begin(JobRow("one", "map-to-n", "s4://b/in/", "s4://b/out/", "c"))
     jobs.add_tasks(
         "one", [NewTask(i, f"b/in/{i}", 1, 0, state) for i, state in enumerate(("done", "failed"))]
@@ -681,3 +688,20 @@ def test_what_an_attempt_said_goes_when_the_next_says_nothing(database: Database
         jobs.progress("j", [change], Counts(tasks=1))
     [[task]] = list(jobs.tasks("j", stderr=True))
     assert (task["state"], task["attempt"], task["stderr"]) == ("done", 2, None)
+
+
+def test_a_reserve_that_a_crash_left_empty_is_filled_and_none_is_thrown_away(folder: Path) -> None:
+    reserve = folder / "node.db-reserve"
+    reserve.touch()
+    database = Database(str(folder / "node.db"))
+    assert reserve.stat().st_size == RESERVE_BYTES
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        database.keep_reserve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert reserve.stat().st_size == RESERVE_BYTES
+    database.close()

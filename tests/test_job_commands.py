@@ -9,6 +9,7 @@ import signal
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,18 @@ def test_a_job_that_not_all_nodes_got_is_listed_as_such(cluster: Cluster, bucket
     assert _json(cluster, "jobs", "--limit", "1")[0]["state"] == "interrupted"
 
 
+def test_however_few_jobs_are_listed_each_is_as_it_is(cluster: Cluster, bucket: str, indir: str) -> None:
+    def three(thread: int) -> None:
+        for i in range(3):  # begun within moments, not everywhere in the same order
+            Client(str(cluster.conf)).map(indir, f"{bucket}/{thread}-{i}/", "true")
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(three, range(6)))
+    for limit in range(1, 19):
+        states = {job["state"] for job in _json(cluster, "jobs", "--limit", str(limit))}
+        assert states == {"done"}, limit
+
+
 def test_a_listing_of_jobs_fits_the_terminal(cluster: Cluster, bucket: str, indir: str) -> None:
     cluster.s4("map", indir, f"{bucket}/out/", "cat #" + "x" * 300)
     ours, theirs = pty.openpty()
@@ -855,3 +868,21 @@ def test_what_a_running_job_has_made_is_skipped(cluster: Cluster, bucket: str, f
     assert "0/1 tasks done, 0 failed, 1 skipped" in beside.err
     go.touch()
     assert cluster.s4("wait", job) and cluster.keys(out) == [f"{out}000/p", f"{out}003/p"]
+
+
+def test_what_helps_is_said_of_a_job_that_fails(cluster: Cluster, bucket: str, indir: str) -> None:
+    twice = ("map", indir, f"{bucket}/out/", "cat")
+    cluster.s4(*twice)
+    assert cluster.fails(*twice, "--keep-going", code=1).endswith(
+        "; with --skip-existing what exists is left out"
+    )
+    begun = cluster.s4("map", f"{bucket}/nothing/", f"{bucket}/none/", "cat", "--detach").lines[0]
+    assert "there was nothing to map" in cluster.s4("job", begun).out.decode()
+    assert f"job {begun} found nothing to map: start it again" in cluster.fails("retry", begun, code=1)
+
+
+def test_inputs_of_the_same_name_are_named_as_the_reason(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{day}/000": b"" for day in ("one", "two")})
+    shuffle = ("map-to-n", f"{bucket}/in/", f"{bucket}/out/", "for i in 000 001 002; do echo > $i; done; ls")
+    line = cluster.fails(*shuffle, "--keep-going", code=1)
+    assert "was made from another input of this job: inputs of a map-to-n need different NAMEs" in line

@@ -106,7 +106,10 @@ def test_a_bad_path_fails_the_job_and_makes_no_key(cluster: Cluster, bucket: str
         ("mkdir d; echo d", "'d', which is not a file"),
         ("echo .", "'.', which is not a file"),
         ("ln -s loop loop; echo loop", "'loop': Too many levels of symbolic links"),
-        ("mkdir d; touch x d/x; echo x; echo d/x", "a file of that name was printed before"),
+        (
+            "mkdir d; touch x d/x; echo x; echo d/x",
+            "its NAME 'x', which its key would have, was printed before",
+        ),
         ("touch x; ln -s x y; echo x; echo y", "which is another name of a file that it printed before"),
     ],
 )

@@ -759,3 +759,22 @@ def test_reindex_keeps_keys_in_a_folder_that_it_may_not_enter(alone: Cluster) ->
     assert result.code == 0 and result.out.startswith(b"0 files, 0 added, 0 corrected, 0 dropped"), result
     node.start()
     assert node.fetch("s4://b/closed/000") == b"x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_node_does_not_start_on_half_a_reindex(alone: Cluster, number: int) -> None:
+    (node,) = alone.nodes
+    write_tree(node.data, {"b/000": b"x"})
+    os.truncate(node.data / "b" / "000", 200 << 30)  # which takes a while to be read
+    place = ("reindex", "-port", str(node.port), "-conf", str(alone.conf))
+    reindex = alone.start_s4(*place, program=(SERVER,), cwd=node.folder)
+    eventually((node.data / "_index" / "reindexing").exists, 20)
+    reindex.send_signal(number)
+    _out, err = reindex.communicate(timeout=20)
+    assert reindex.returncode == 130 and b"interrupted; the node does not start before" in err
+    code, _out2, said = _server(alone, *place[1:], cwd=node.folder)
+    assert code == 1 and "the last reindex of" in said and "run 's4-server reindex' again" in said
+    os.truncate(node.data / "b" / "000", 1)
+    assert _reindex(node)[0] == 0
+    node.start()
+    assert len(node.fetch("s4://b/000")) == 1

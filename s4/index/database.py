@@ -117,10 +117,11 @@ class Database:
     def keep_reserve(self) -> None:
         """Reserve some disk space, unless that is done or there is none left: letting go of it makes removals
         work on a full disk."""
+        if os.path.exists(self._reserve) and os.path.getsize(self._reserve) >= RESERVE_BYTES:
+            return
         try:
-            with open(self._reserve, "ab") as f:
-                if os.fstat(f.fileno()).st_size < RESERVE_BYTES:
-                    os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
+            with open(self._reserve, "wb") as f:
+                os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
         except OSError:
             self.free_reserve()
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from s4.errors import BusyError, ConflictError, FullDiskError, MissingError, S4Error
 from s4.index.database import Database, Transaction
-from s4.keys import range_end, url
+from s4.keys import EXISTS, range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
@@ -133,7 +133,8 @@ class KeyIndex:
                     if standing.alike(row):
                         refused = _refusal(place, i)
                     else:
-                        refused = standing.conflict(row.path) or self._insert(db, row, now, place, i)
+                        refused = standing.conflict(row.path, row.job, row.task, replaces=False)
+                        refused = refused or self._insert(db, row, now, place, i)
                     if refused is None:
                         standing.add(row.path)
                     outcome.append(refused)
@@ -220,14 +221,16 @@ class KeyIndex:
                 db.execute(query, (json.dumps(doomed),))
         return removal, doomed
 
-    def makers(self, folder: str) -> set[Maker]:
-        """All that made keys below the folders in `folder`, a path that ends in '/'."""
-        found: set[Maker] = set()
-        for rows in self._chunks("path, job, task", folder):
-            for path, job, task in rows:
+    def makers(self, folder: str) -> dict[Maker, int]:
+        """All that made keys below the folders in `folder`, a path that ends in '/', and when they made the
+        last of them, in seconds since 1970."""
+        found: dict[Maker, int] = {}
+        for rows in self._chunks("path, job, task, created_s", folder):
+            for path, job, task, created_s in rows:
                 name, slash, _rest = path[len(folder) :].partition("/")
                 if slash:
-                    found.add(Maker(name, job, task))
+                    maker = Maker(name, job, task)
+                    found[maker] = max(created_s, found.get(maker, created_s))
         return found
 
     def remove_made(self, folder: str, makers: Sequence[Maker]) -> None:
@@ -339,14 +342,21 @@ class _Standing:
         self._keys: dict[str, KeyRow | None] = {row.path: row for row in rows}  # None: new in this batch
         self._in_folders: dict[str, str] = dict(db.execute(_KEYS_IN_THEM, (json.dumps(paths),)))
 
-    def conflict(self, path: str, job: str | None = None, task: int | None = None) -> ConflictError | None:
-        """See KeyIndex.conflicts."""
+    def conflict(
+        self, path: str, job: str | None, task: int | None, *, replaces: bool = True
+    ) -> ConflictError | None:
+        """See KeyIndex.conflicts; `replaces` says whether a key of the same task is out of the way."""
         if path in self._in_folders:
             return ConflictError(f"{url(path)} is a folder here: {url(self._in_folders[path])} stands in it")
         if path in self._keys:
             found = self._keys[path]
-            if job is None or found is None or (found.job, found.task) != (job, task):
-                return ConflictError(f"key exists already: {url(path)}; keys are immutable, remove it first")
+            same_job = job is not None and (found is None or found.job == job)
+            same_task = same_job and found is not None and found.task == task
+            if same_job and not same_task:
+                reason = "was made from another input of this job: inputs of a map-to-n need different NAMEs"
+                return ConflictError(f"{url(path)} {reason}")
+            if not (same_task and replaces):
+                return ConflictError(f"{EXISTS}: {url(path)}; keys are immutable, remove it first")
         for folder in _folders_above(path):
             if folder in self._keys:
                 return ConflictError(f"{url(path)} needs a folder where the key {url(folder)} is")

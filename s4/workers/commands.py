@@ -8,7 +8,7 @@ from s4.errors import MissingError, S4Error
 from s4.keys import owner, parse_key
 from s4.storage import remove_tree
 from s4.streams import checksum_of
-from s4.workers.scratch import FOLDER_MODE, Scratch, is_own_folder, open_made, read_tail, reserved
+from s4.workers.scratch import FOLDER_MODE, Scratch, emptied, open_made, read_tail, reserved
 from s4.workers.shell import Shell
 from s4.workers.tasks import Command, Destination, Ran, StoredFile
 
@@ -23,6 +23,8 @@ class Commands:
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
         self._shell = Shell(scratch.job)
+        # What programs such as `sort` spill would stay if they are killed. An administrator's choice is kept.
+        self._variables = {} if "TMPDIR" in os.environ else {"TMPDIR": scratch.temporary}
 
     def run(self, task: Command) -> Ran:
         """Run a command and make its outputs finished files, whose paths begin with `task.work`."""
@@ -41,7 +43,12 @@ class Commands:
                 stdin = f"/proc/{os.getpid()}/fd/{source}"  # which stays what it is
             with reserved(stdout, task.stdout_bytes):
                 exitcode, usage = self._shell.run(
-                    task.command, task.folder, stdin, stdout, scratch.stderr, task.environment
+                    task.command,
+                    task.folder,
+                    stdin,
+                    stdout,
+                    scratch.stderr,
+                    self._variables | task.environment,
                 )
             outputs: list[StoredFile] = []
             errors: StoredFile | None = None
@@ -64,6 +71,7 @@ class Commands:
             if source >= 0:
                 os.close(source)
             self._take_folder(task.folder)
+            emptied(scratch.temporary)
             remove_tree(scratch.stdout)
 
     def _give_folder(self, folder: str) -> None:
@@ -73,17 +81,12 @@ class Commands:
         os.rename(self._scratch.folder, folder)
 
     def _take_folder(self, folder: str) -> None:
-        """Empty the folder of a command and keep it for the next; one that was tampered with goes."""
-        try:
-            # Looked at first: what a command put in its place, such as a link, must not be followed.
-            if is_own_folder(os.lstat(folder)):
-                for name in os.listdir(folder):
-                    remove_tree(os.path.join(folder, name))
+        """Empty the folder of a command and keep it for the next."""
+        if emptied(folder):
+            try:
                 os.rename(folder, self._scratch.folder)
-                return
-        except OSError:
-            pass
-        remove_tree(folder)
+            except OSError:  # the command has put something there
+                remove_tree(folder)
 
 
 def _open_input(path: str) -> int:
@@ -150,7 +153,7 @@ def _named_files(listing: str, folder: str, target: str) -> tuple[dict[str, str]
         if not stat.S_ISREG(mode):
             return {}, f"{said}, which is not a file"
         if name in found:
-            return {}, f"{said}, but a file of that name was printed before"
+            return {}, f"{said}, but its NAME {name!r}, which its key would have, was printed before"
         if path in paths:  # by a symbolic link
             return {}, f"{said}, which is another name of a file that it printed before"
         try:

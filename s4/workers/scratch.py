@@ -36,6 +36,7 @@ class Scratch:
         self.stdout = os.path.join(self.root, "stdout")  # of the command that runs, until it is moved or read
         self.stderr = os.path.join(self.root, "stderr")  # of the command that runs
         self.folder = os.path.join(self.root, "folder")  # empty, for the next command
+        self.temporary = os.path.join(self.root, "tmp")  # TMPDIR of the command that runs
         self.arriving = os.path.join(self.root, "arriving")  # a key that is received, until it is moved away
 
     def renew(self) -> None:
@@ -52,7 +53,7 @@ class Scratch:
         kept = set()
         for entry in list(os.scandir(self.root)):
             found = entry.stat(follow_symlinks=False)
-            if entry.path == self.folder:
+            if entry.path in (self.folder, self.temporary):
                 good = is_own_folder(found)
             else:
                 good = entry.path == self.stderr and _is_own_file(found) and not found.st_size
@@ -60,6 +61,8 @@ class Scratch:
                 kept.add(entry.path)
             else:
                 remove_tree(entry.path)
+        if self.temporary not in kept:
+            os.mkdir(self.temporary, FOLDER_MODE)
         if self.stderr not in kept:  # with room for what a command has to say of a full disk
             fd = os.open(self.stderr, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             _reserve(fd, STDERR_BYTES)
@@ -68,6 +71,20 @@ class Scratch:
     def remove(self) -> None:
         """Remove everything, when the worker is gone."""
         remove_tree(self.root)
+
+
+def emptied(folder: str) -> bool:
+    """Empty a folder that a command had; whether it is as it was. One that was tampered with goes."""
+    try:
+        # Looked at first: what a command put in its place, such as a link, must not be followed.
+        if is_own_folder(os.lstat(folder)):
+            for name in os.listdir(folder):
+                remove_tree(os.path.join(folder, name))
+            return True
+    except OSError:
+        pass
+    remove_tree(folder)
+    return False
 
 
 def is_own_folder(found: os.stat_result) -> bool:
