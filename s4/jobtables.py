@@ -28,8 +28,6 @@ JOBLOG_COLUMNS = (
     "BytesOut",
 )
 NO_EXIT_CODE = -1  # as parallel has it for a command that was killed before it ended by itself
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_ESCAPES |= {ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 _STDERR_INDENT = " " * 4
 
 
@@ -120,7 +118,7 @@ def joblog_row(task: Task, command: str) -> str:
         task.bytes_out or 0,
         exit_code if ended else "",
         (task.signal or 0) if ended else "",
-        escaped(command),
+        without_controls(escaped(command)),
         task.input,
         task.state,
         task.attempt,
@@ -133,9 +131,9 @@ def joblog_row(task: Task, command: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A field of tab-separated text: backslashes doubled, tabs and line ends as \\t, \\n and \\r, and other
-    control characters as \\x1b."""
-    return text.translate(_ESCAPES)
+    """A field of tab-separated text: tabs, line ends and backslashes as \\t, \\n, \\r and \\\\."""
+    text = text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
+    return text.replace("\r", "\\r")
 
 
 def plan_page(parts: Sequence[PlanPart]) -> list[str]:

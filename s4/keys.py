@@ -35,7 +35,7 @@ def with_scheme(text: str) -> str:
     return text
 
 
-EXISTS = "key exists already"  # how the reason begins why a key is not made
+REMOVE_FIRST = "keys are immutable, remove it first"  # what is said of one that exists already
 
 
 def parse_key(text: str) -> str:

@@ -1393,8 +1393,10 @@ def test_the_port_of_a_transfer_that_failed_is_not_used_again(start_cluster: Sta
 
 
 def test_while_a_node_is_down_no_job_is_forgotten(start_cluster: Start) -> None:
-    cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"])
+    cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"], start=False)
     here, other = cluster.nodes
+    here.start(first="import s4.server; s4.server.PRUNE_SECONDS = 1.0")
+    other.start()
     cluster.put("s4://b/in/000")
     other.kill()
     body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "some"}

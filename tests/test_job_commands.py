@@ -885,4 +885,4 @@ def test_inputs_of_the_same_name_are_named_as_the_reason(cluster: Cluster, bucke
     cluster.put_all({f"{bucket}/in/{day}/000": b"" for day in ("one", "two")})
     shuffle = ("map-to-n", f"{bucket}/in/", f"{bucket}/out/", "for i in 000 001 002; do echo > $i; done; ls")
     line = cluster.fails(*shuffle, "--keep-going", code=1)
-    assert "was made from another input of this job: inputs of a map-to-n need different NAMEs" in line
+    assert "it is of another input of this job: inputs of a map-to-n need different NAMEs" in line

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from s4.errors import BusyError, ConflictError, FullDiskError, MissingError, S4Error
 from s4.index.database import Database, Transaction
-from s4.keys import EXISTS, range_end, url
+from s4.keys import REMOVE_FIRST, range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
@@ -352,11 +352,11 @@ class _Standing:
             found = self._keys[path]
             same_job = job is not None and (found is None or found.job == job)
             same_task = same_job and found is not None and found.task == task
-            if same_job and not same_task:
-                reason = "was made from another input of this job: inputs of a map-to-n need different NAMEs"
-                return ConflictError(f"{url(path)} {reason}")
             if not (same_task and replaces):
-                return ConflictError(f"{EXISTS}: {url(path)}; keys are immutable, remove it first")
+                advice = REMOVE_FIRST
+                if same_job and not same_task:
+                    advice = "it is of another input of this job: inputs of a map-to-n need different NAMEs"
+                return ConflictError(f"key exists already: {url(path)}; {advice}")
         for folder in _folders_above(path):
             if folder in self._keys:
                 return ConflictError(f"{url(path)} needs a folder where the key {url(folder)} is")
