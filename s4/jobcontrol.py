@@ -392,7 +392,7 @@ def jobs(client: Client, limit: int) -> Iterator[JobSummary]:
     check_limit(limit)
     answers = each(lambda server: jobcalls.shares(client, server, limit=str(limit)), client.servers())
     listed = {node: answer for node, answer in answers.items() if isinstance(answer, list)}
-    chosen = [job.job for job in merged(listed, complete=True)[:limit]]
+    chosen = dict.fromkeys(job.job for job in merged(listed, complete=True)[:limit])
     alone = {share.id for shares in listed.values() for share in shares if share.alone}
 
     def whole(server: str) -> list[ShareStatus]:

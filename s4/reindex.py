@@ -31,10 +31,17 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     if not os.path.isdir(data):
         raise S4Error(f"data folder {data} does not exist: name that of the node with --data")
     storage = Storage(data)
+    unfinished = os.path.exists(storage.reindex_mark)
     try:
         with open(storage.reindex_mark, "wb") as mark:
             os.fsync(mark.fileno())
-        counts = _reindex(conf, position, storage)
+        try:
+            database = _open(storage.index_path)
+        except S4Error:  # such as of a newer s4: nothing was changed
+            if not unfinished:
+                os.unlink(storage.reindex_mark)
+            raise
+        counts = _reindex(conf, position, storage, database)
         os.unlink(storage.reindex_mark)
     except KeyboardInterrupt:
         print("interrupted; the node does not start before a reindex has ended", file=sys.stderr)
@@ -44,9 +51,8 @@ def reindex(conf: Conf, position: int, data: str) -> None:
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
-def _reindex(conf: Conf, position: int, storage: Storage) -> dict[str, int]:
-    """What reindex does in a data folder that is open; how many files there were, and what became of them."""
-    database = _open(storage.index_path)
+def _reindex(conf: Conf, position: int, storage: Storage, database: Database) -> dict[str, int]:
+    """What reindex does with what it has opened; how many files there were, and what became of them."""
     keys = KeyIndex(database, storage.unlink)
     recover(storage, database, adopting=True)
     cpus = len(os.sched_getaffinity(0))

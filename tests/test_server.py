@@ -186,7 +186,7 @@ def test_an_index_of_a_newer_version_is_reported_and_left_alone(alone: Cluster) 
         )
         db.commit()
     before = index.read_bytes()
-    for action in ([], ["reindex"]):
+    for action in ([], ["reindex"], []):  # a reindex that does nothing keeps no node from starting
         result = alone.run(*action, "-conf", str(alone.conf), program=[SERVER], cwd=node.folder)
         assert result.code == 1 and "newer s4, with m9999" in result.fatal
     assert index.read_bytes() == before
