@@ -20,6 +20,11 @@ def _daemon_runs() -> bool:
     return any(process.name == "cron" for process in everyone())
 
 
+def _program() -> str | None:
+    """The daemon, which may lie beside the PATH of whoever runs the tests."""
+    return shutil.which("cron", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
 def _install(table: Path, text: str) -> None:
     table.write_text(text)
     table.chmod(0o644)  # cron takes no table that others may write
@@ -30,7 +35,7 @@ def cron() -> Iterator[Callable[[str], None]]:
     """A running cron daemon, installed where that may be done; takes a crontab, which goes at the end."""
     if os.geteuid() != 0:
         pytest.skip("only root may install and run Debian's cron")
-    if shutil.which("cron") is None:
+    if _program() is None:
         if shutil.which("apt-get") is None:
             pytest.skip("there is no cron here, and no apt-get to install it with")
         for command in (["apt-get", "-qq", "update"], ["apt-get", "-qq", "install", "-y", "cron"]):
@@ -41,7 +46,9 @@ def cron() -> Iterator[Callable[[str], None]]:
                 pytest.skip(f"cron cannot be installed: {done.stderr.strip()[-200:]}")
     table = TABLES / f"s4-test-{os.getpid()}"
     # A service that the package has started is left as it is.
-    started = None if _daemon_runs() else subprocess.Popen(["cron", "-f"], start_new_session=True, cwd="/")
+    program = _program()
+    assert program is not None
+    started = None if _daemon_runs() else subprocess.Popen([program, "-f"], start_new_session=True, cwd="/")
     try:
         yield partial(_install, table)
     finally:
