@@ -328,7 +328,8 @@ class Transfers:
         raise BusyError(f"{url(paths[0])}: it is removed and made again all the time; try again later")
 
     def confirm_get(self, name: str, checksum: str) -> None:
-        """Compare what the caller hashed with what is stored. Raises MissingError or TransferError."""
+        """Compare what the caller hashed with what is stored. Raises MissingError, TransferError, and
+        StoppingError if the node has stopped sending."""
         transfer = self._find(name, put=False)
         self._end(transfer, [])
         if transfer.checksums != [checksum]:

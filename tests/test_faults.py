@@ -1492,3 +1492,23 @@ def test_a_retry_of_what_a_lost_index_knew_removes_nothing(start_cluster: Start)
     assert shown.code == 1 and f"the record of job {job} is lost here" in shown.err
     assert cluster.contents("s4://b/out/") == before
     assert "0/4 tasks done, 0 failed, 4 skipped" in cluster.s4(*shuffle, "--skip-existing").err
+
+
+def test_outputs_of_failed_tasks_are_removed_together(start_cluster: Start) -> None:
+    cluster = start_cluster(3, start=False)
+    here, between, silent = cluster.nodes  # who is asked in this order
+    here.start(first="import s4.outbox, s4.outputs; s4.outbox.SEND_SECONDS = s4.outputs._SECONDS = 1.0")
+    between.start()
+    silent.start()
+    cluster.put_all({f"s4://b/in/{3 * i:03}": b"" for i in range(6)})  # all on the first
+    body: dict[str, object] = {"cmd": "echo > 002; echo 002", "indir": "s4://b/in/", "outdir": "s4://b/out/"}
+    body |= {"job": "job", "retries": 1, "keep_going": True, "detach": True}
+    os.kill(silent.pid, signal.SIGSTOP)
+    try:
+        assert here.post_json("/map_to_n", body).status == 200
+        eventually(lambda: here.get("/job", job="job", wait="1").json()["state"] == "failed", 30)
+    finally:
+        os.kill(silent.pid, signal.SIGCONT)
+    errors = [error for (error,) in here.rows("select error from tasks")]
+    assert len(errors) == 6 and all("not tried again, for its outputs cannot be removed" in e for e in errors)
+    assert 0 < between.log.count("/remove_outputs") < 6
