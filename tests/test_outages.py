@@ -42,6 +42,21 @@ def test_the_helpers_of_a_node_are_replaced_when_they_are_killed(
     _all_slots_work(node)
 
 
+def test_half_a_request_for_a_worker_is_no_traceback_in_the_log(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    (node,) = start_cluster(1, ["-max-cpu-jobs", "3"]).nodes
+    node.put("s4://b/000", b"data")
+    eventually(lambda: len(node.workers()) == 2, 10, "the spare workers are there")
+    (server,) = {worker.parent for worker in node.workers()}
+    (listener,) = [path for path in node.data.rglob("*") if path.is_socket()]
+    with socket.socket(socket.AF_UNIX) as dying:  # as a node that is killed before it has sent its request
+        dying.connect(str(listener))
+    eventually(lambda: server not in {child.pid for child in descendants(node.pid)}, 10, "it ended")
+    assert "EOFError" not in node.log
+    _all_slots_work(node)
+
+
 def test_a_killed_node_takes_all_its_commands_along(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1)
     (node,) = cluster.nodes

@@ -174,7 +174,7 @@ class Pool:
         config: dict[str, Any] = vars(multiprocessing.process.current_process())["_config"]
         config["tempdir"] = f"/proc/{os.getpid()}/fd/{self._socket_folder}"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["s4.workers.worker"])
+        self._context.set_forkserver_preload(["s4.workers.preload"])
         # Workers see the other end close when the node dies.
         self._lifeline, self._lifeline_end = self._context.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._loop, name="pool", daemon=True)
