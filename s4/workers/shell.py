@@ -26,6 +26,8 @@ from s4.workers import processes
 # All in one line, for a command is read where `eval` stands: its own lines count from 1, as with `bash -c`.
 # Where the fields of a command cannot be read, those of the one before must not be there any more.
 # SECONDS would count from the start of this bash.
+# The leader of a process group cannot begin a session: setsid(1) would go on as another process, for which
+# nobody waits, and say that all is well. So its line gets one more subshell, which leads nothing.
 # A command may be stopped, as by SIGSTOP, and go on; bash looks for that only while `set -m` holds. If it was
 # stopped so soon, `wait` does not wait: `read`, for which nothing comes, is a pause, the last `wait` tells
 # how it ended. (`wait -f` may spin for ever; seen with bash 5.2.)
@@ -42,6 +44,10 @@ while read -r; do
         unset s4_job OLDPWD;
         set --;
         set +m;
+        if [[ $s4_command == *setsid* ]]; then
+            ( SECONDS=0; set -euo pipefail; eval -- "$s4_command" );
+            exit;
+        fi;
         if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)(\ |$) ]]; then
             set -- $s4_command;
             hash -- "$1" 2>/dev/null && [[ ${BASH_CMDS[$1]-} ]] && exec -- "$@";
