@@ -25,7 +25,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tasks [{elapsed}<{
 def watch_for(*, quiet: bool) -> Watch:
     """What shows a job here."""
     if quiet:
-        return Watch()
+        return Losses()
     return Bar() if sys.stderr.isatty() else Lines()
 
 
@@ -34,15 +34,20 @@ def columns(terminal: TextIO) -> int:
     return os.get_terminal_size(terminal.fileno()).columns or 80
 
 
-class _Shown(Watch):
-    def lost(self, job: str, part: Part) -> None:
-        self._say(f"job {job}: {lost(part)}; the others go on")
+class Losses(Watch):
+    """Only which nodes are lost, as soon as that is known."""
 
-    def cancelling(self, job: str) -> None:
-        self._say(f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)")
+    def lost(self, job: str, part: Part) -> None:
+        """Say it."""
+        self._say(f"job {job}: {lost(part)}; the others go on")
 
     def _say(self, line: str) -> None:
         say(line)
+
+
+class _Shown(Losses):
+    def cancelling(self, job: str) -> None:
+        self._say(f"cancelling job {job} on all nodes … (Ctrl-C again leaves at once)")
 
 
 class Lines(_Shown):

@@ -139,21 +139,20 @@ def test_a_node_killed_in_the_middle_costs_only_what_it_ran(three: Cluster, kind
     assert "nothing" in three.s4("retry", job, timeout=60).err
 
 
-@pytest.mark.parametrize("keep_going", [False, True])
-def test_a_node_that_is_stopped_in_a_job_is_told_as_lost(three: Cluster, keep_going: bool) -> None:
+@pytest.mark.parametrize("options", ["", "--keep-going", "--keep-going --quiet", "--keep-going --json"])
+def test_a_node_that_is_stopped_in_a_job_is_told_as_lost(three: Cluster, options: str) -> None:
     _put(three, "s4://b/in/", 30)
     hold = three.work / "hold"
     hold.touch()
     command = f"{_mark(three)}while [ -e {hold} ]; do sleep 0.02; done; cat"
-    options = ["--keep-going"] if keep_going else []
-    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, *options)
+    client = three.start_s4("map", "s4://b/in/", "s4://b/out/", command, "--timeout", "20", *options.split())
     eventually(lambda: _begun(three, 3), 20)
     job = _job_of(client, three)
     eventually(lambda: _is_followed(three.nodes[1], job), 20)
     three.nodes[1].terminate()
     assert client.stderr is not None
     said = b""
-    while keep_going and b"are lost" not in said:  # it is told at once, while the others still work
+    while options and b"are lost" not in said:  # it is told at once, while the others still work
         line = client.stderr.readline()
         assert line, said
         said += line
