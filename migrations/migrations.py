@@ -186,3 +186,18 @@ def m0005_removals_one_by_one(db: Database) -> None:
         ALTER TABLE each_removal RENAME TO removals;
         """
     )
+
+
+@migrations()
+def m0006_half_made(db: Database) -> None:
+    """What a shuffle left half-made is not taken for whole once the record of its job is pruned."""
+    db.executescript(
+        """
+        CREATE TABLE half_made (
+            job       TEXT    NOT NULL,
+            task      INTEGER NOT NULL,
+            input     TEXT    NOT NULL,              -- path of the input key
+            PRIMARY KEY (job, task)
+        ) WITHOUT ROWID;
+        """
+    )

@@ -28,7 +28,7 @@ from s4.inputs import Inputs
 from s4.leanjson import read_answer
 from s4.services import Services
 from s4.shares import Share
-from s4.states import DONE, FAILED, RUNNING
+from s4.states import DONE, FAILED, MAP_TO_N, RUNNING
 
 MAX_RUNNING = 200  # shares at once; each has a thread
 CANCELLED_SECONDS = 3600.0  # how long a cancelled job that never began here is remembered
@@ -221,9 +221,27 @@ class Jobs:
             log.info("%d old jobs are not forgotten yet: %s", len(old), e)
             old, running = [], set()
         for job_id, run in index.old(keep_jobs, keep_seconds, alone=True) + old:
-            if job_id not in running:
-                with self._lock:  # no retry begins meanwhile
-                    index.forget(job_id, run)
+            if job_id in running:
+                continue
+            try:
+                half_made = self._half_made(index.share(job_id))
+            except S4Error as e:
+                log.info("job %s is not forgotten yet: %s", job_id, e)
+                continue
+            with self._lock:  # no retry begins meanwhile
+                index.forget(job_id, run, half_made)
+
+    def _half_made(self, share: ShareRow) -> list[tuple[int, str]]:
+        """Number and input of the tasks of a shuffle that did not end well but made keys. Raises S4Error."""
+        if share.job.kind != MAP_TO_N or share.state == DONE:
+            return []
+        services = self._services
+        inputs = Inputs(share.job, services.conf, services.position, services.keys, services.job_index)
+        made = [
+            (task, services.job_index.made_from(share.job.id, task))
+            for task in inputs.outputs.tasks_of(share.job.id)
+        ]
+        return [(task, known[0]) for task, known in made if known is not None and known[1] != DONE]
 
     def _running_elsewhere(self) -> set[str]:
         """The ids of the jobs that run on other nodes. Raises S4Error if one does not tell."""

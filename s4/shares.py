@@ -186,14 +186,11 @@ class Share:
         """
         if self.job.kind != MAP_TO_N or self.job.run == 1:
             return
-        servers = len(self._services.conf.servers)
-        for makers in self._inputs.outputs.makers().values():
-            for _folder, job, task in makers:
-                if job == self.job.id and task is not None and task % servers == self._services.position:
-                    raise ConflictError(
-                        f"the record of job {job} is lost here, but its outputs are there:"
-                        " start it again with --skip-existing"
-                    )
+        if self._inputs.outputs.tasks_of(self.job.id):
+            raise ConflictError(
+                f"the record of job {self.job.id} is lost here, but outputs of it are there, and whether they"
+                f" are all is not known: remove {self.job.outdir} and start the job again"
+            )
 
     def _list(self) -> None:
         """Record a waiting task for each input."""

@@ -1460,6 +1460,22 @@ def test_what_is_older_than_an_input_was_not_made_from_it(start_cluster: Start) 
     assert "0/2 tasks done, 0 failed, 2 skipped" in shuffle("echo > two; ls", "--skip-existing").err
 
 
+def test_what_a_shuffle_left_half_made_is_known_when_its_record_is_pruned(start_cluster: Start) -> None:
+    cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"], start=False)
+    here, _other = cluster.nodes
+    for node in cluster.nodes:
+        node.start(first="import s4.server; s4.server.PRUNE_SECONDS = 0.5")
+    cluster.put_all({"s4://b/in/000": b"x", "s4://b/in/002": b"x", "s4://b/out/000/001": b"in the way"})
+    shuffle = ("map-to-n", "s4://b/in/", "s4://b/out/", "cp /dev/stdin 000; cp 000 001; ls")
+    assert cluster.run(*shuffle, "--keep-going").code == 1
+    assert cluster.keys("s4://b/out/000/") == ["s4://b/out/000/000", "s4://b/out/000/001"]
+    cluster.s4("rm", "s4://b/out/000/001")
+    eventually(lambda: all(node.rows("select * from jobs") == [] for node in cluster.nodes), 20, "pruned")
+    assert here.rows("select task, input from half_made") == [(0, "b/in/000")]
+    assert "1/2 tasks done, 0 failed, 1 skipped" in cluster.s4(*shuffle, "--skip-existing").err
+    assert len(cluster.keys("s4://b/out/")) == 4
+
+
 def test_a_get_whose_worker_dies_was_not_sent_whole(start_cluster: Start) -> None:
     _cluster, node = _alone(start_cluster)
     assert node.put("s4://b/000", bytes(60 << 20)).status == 200

@@ -312,13 +312,16 @@ class JobIndex:
         return dict(zip([column[0] for column in cursor.description], row, strict=True))
 
     def made_from(self, job_id: str, number: int) -> tuple[str, str] | None:
-        """(input, state) of a task, the state that of its job while that runs; None if it is not recorded."""
+        """(input, state) of a task, the state that of its job while that runs; None if it is not recorded. Of
+        a job that was forgotten only those that `forget` was told of."""
         query = (
             "SELECT input, CASE jobs.state WHEN 'running' THEN 'running' ELSE tasks.state END"
-            " FROM tasks JOIN jobs ON job = id WHERE job = ? AND task = ?"
+            " FROM tasks JOIN jobs ON job = id WHERE job = :job AND task = :task"
+            " UNION ALL SELECT input, 'failed' FROM half_made WHERE job = :job AND task = :task"
         )
         with self._db.read() as db:
-            found: tuple[str, str] | None = db.execute(query, (job_id, number)).fetchone()
+            row = db.execute(query, {"job": job_id, "task": number}).fetchone()
+        found: tuple[str, str] | None = row
         return found
 
     def old(self, keep_jobs: int, keep_seconds: float, *, alone: bool) -> list[tuple[str, int]]:
@@ -332,11 +335,15 @@ class JobIndex:
                 (alone, time.time() - keep_seconds, alone, keep_jobs),
             ).fetchall()
 
-    def forget(self, job_id: str, run: int) -> None:
-        """Remove the record of a job, unless it has run again since."""
+    def forget(self, job_id: str, run: int, half_made: Sequence[tuple[int, str]] = ()) -> None:
+        """Remove the record of a job, unless it has run again since; all but the numbers and inputs of tasks
+        that did not end well but made keys."""
         share = self.share(job_id)
         if share.job.run != run or share.state == RUNNING:
             return
+        with self._db.write() as db:
+            rows = [(job_id, *task) for task in half_made]
+            db.executemany("INSERT OR IGNORE INTO half_made VALUES (?, ?, ?)", rows)
         self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
         self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
         with self._db.write() as db:

@@ -77,6 +77,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         "signal": "number of the signal that ended it",
         "error": "why it failed, one line",
     },
+    "half_made": {
+        "job": "id of a map-to-n whose record is pruned",
+        "task": "number of a task that did not end well, but made keys",
+        "input": "path of its input key",
+    },
     "stderrs": {"job": _JOB, "task": _TASK, "stderr": "last 64 KB of the command's stderr"},
     "recent_keys": {
         "created": "UTC",
@@ -95,7 +100,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "cancelled": "tasks that were ended, or never began",
         "skipped": "tasks whose output existed already",
         "started": "UTC",
-        "seconds": "how long it ran, or runs",
+        "seconds": "how long its last run took, or takes",
         "indir": "INDIR, or the key of an eval",
         "outdir": "OUTDIR",
         "command": "the bash line",
