@@ -827,3 +827,29 @@ def test_a_file_that_cannot_be_written_costs_only_itself(cluster: Cluster, bucke
     )
     assert f"{folder}/006: Is a directory" in line
     assert tree(folder) == {name: data for name, data in keys.items() if name != "006"}
+
+
+def test_a_file_that_is_shorter_on_the_nodes_disk_is_soon_told(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, check=False)
+    (node,) = cluster.nodes
+    cluster.put_all({f"s4://b/d/00{i}": bytes(1000) for i in range(3)})
+    path = node.path_of("s4://b/d/001")
+    path.chmod(0o644)
+    os.truncate(path, 10)
+    line = cluster.fails("cp", "s4://b/d/001", "out", says="s4://b/d/001", code=1)
+    assert "was not sent whole" in line and "shorter than expected: 10 instead of 1000 bytes" in line
+    line = cluster.fails("cp", "-r", "s4://b/d/", "all/", says="2 of 3 files were not copied", code=1)
+    assert "s4://b/d/001: only 10 of 1000 bytes came" in line
+    assert tree(cluster.work) == {"all/000": bytes(1000)}
+
+
+def test_a_folder_that_is_a_link_to_one_above_it_is_told_and_the_rest_copied(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    write_tree(folder, {"src/below/file": b"x", "other/file": b"y"})
+    (folder / "src" / "below" / "loop").symlink_to("..")
+    for name in ("one", "two"):  # the same folder twice is no loop
+        (folder / "src" / name).symlink_to(folder / "other")
+    said = cluster.fails("cp", "-r", f"{folder}/src", f"{bucket}/d/", says="1 of 4 files were not copied")
+    assert f"{folder}/src/below/loop: a symbolic link to a folder above it" in said
+    assert cluster.contents(f"{bucket}/d/") == {"below/file": b"x", "one/file": b"y", "two/file": b"y"}

@@ -14,6 +14,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -1528,3 +1529,95 @@ def test_outputs_of_failed_tasks_are_removed_together(start_cluster: Start) -> N
     errors = [error for (error,) in here.rows("select error from tasks")]
     assert len(errors) == 6 and all("not tried again, for its outputs cannot be removed" in e for e in errors)
     assert 0 < between.log.count("/remove_outputs") < 6
+
+
+def test_a_cancel_of_a_job_that_never_comes_is_forgotten(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.jobs; s4.jobs.CANCELLED_SECONDS = 0.0")
+    cluster.put("s4://b/in/000")
+    assert node.post("/cancel", job="late").status == 404
+    for _ in range(2):
+        _housekeeping(node)
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "late"}
+    assert node.post_json("/map", body).status == 200
+
+
+def test_evals_are_forgotten_also_while_a_node_is_down(start_cluster: Start) -> None:
+    cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"], start=False)
+    here, _down = cluster.nodes
+    here.start(first="import s4.server; s4.server.PRUNE_SECONDS = 0.5")
+    cluster.put("s4://b/in/000")
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "some"}
+    assert here.post_json("/map", body).status == 200
+    assert here.post("/eval", key="s4://b/in/000", job="evaluated", body=b"cat").status == 200
+    assert here.rows("select id from jobs where id = 'some'")
+    eventually(lambda: here.rows("select id from jobs") == [("some",)], 25, "the eval is forgotten")
+
+
+def test_a_share_that_gets_no_thread_has_failed_and_may_run_again(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(
+        first="""
+from s4.shares import Share
+start = Share.start
+def refuse(share, ended):
+    if share.job.run == 1:
+        raise RuntimeError("can't start new thread")
+    start(share, ended)
+Share.start = refuse
+"""
+    )
+    cluster.put("s4://b/in/000", b"x")
+    body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "one"}
+    refused = node.post_json("/map", body)
+    assert refused.status == 500 and "cannot be started" in refused.text
+    assert node.get("/jobs", state="running").json() == []
+    assert node.get("/job", job="one").json()["state"] == "failed"
+    cluster.s4("retry", "one")
+    assert cluster.contents("s4://b/out/") == {"000": b"x"}
+
+
+def test_on_a_full_disk_an_answer_that_nobody_reads_is_given_up(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(
+        first="""
+import s4.webserver
+s4.webserver.UNREAD_SECONDS = 0.5
+def full(spool, memory):
+    raise OSError(28, "No space left on device")
+s4.webserver._Spool.__init__ = full
+"""
+    )
+    cluster.put("s4://b/000")
+    printed = cluster.work / "printed"
+    line = f"seq 2000000; touch {printed}"
+    with _ask_slowly(node, "POST", "/eval?key=s4://b/000", line.encode()) as reader:
+        ends = [f":{port:04X}" for port in (node.port, reader.getsockname()[1])]
+
+        def is_answered() -> bool:
+            """Whether the node's end of the connection is open: proc(5), whose state 01 is ESTABLISHED."""
+            rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            return any([row[1][-5:], row[2][-5:], row[3]] == [*ends, "01"] for row in rows)
+
+        eventually(printed.exists, 20)
+        eventually(lambda: not is_answered(), 10, "the node has hung up")
+
+
+def test_ctrl_c_ends_a_recursive_copy_from_a_silent_node_at_once(start_cluster: Start) -> None:
+    cluster, node = _alone(start_cluster)
+    cluster.put("s4://b/d/000", b"x")
+    write_tree(cluster.work / "files", {"001": b"x"})
+    # It does not wait for threads that nothing ends.
+    program = "import s4.copying; s4.copying.STOP_SECONDS = 60.0; from s4.cli import main; main()"
+    os.kill(node.pid, signal.SIGSTOP)
+    try:
+        copy = cluster.start_s4("cp", "-r", "files", "s4://b/d/", program=[sys.executable, "-c", program])
+        threads = f"/proc/{copy.pid}/task"
+        eventually(lambda: len(os.listdir(threads)) > 1 and _is_connected_to(node), 20, "it asks the node")
+        os.killpg(copy.pid, signal.SIGINT)
+        assert copy.wait(20) == 130
+    finally:
+        os.kill(node.pid, signal.SIGCONT)

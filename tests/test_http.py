@@ -567,6 +567,7 @@ def test_outputs_that_are_sent_again_replace_those_of_the_same_task(
         (b"three", 8, "ConflictError"),
     ):
         assert send(data, task) == [outcome]
+        assert made.exists() == (outcome == "ConflictError")  # what was sent makes room for what arrives
         assert under_way() <= before
     assert node.fetch(key) == b"two"
     node.check()
@@ -698,3 +699,53 @@ def test_the_share_of_a_job_can_be_asked_for_without_waiting(node: Node, bucket:
     answer = node.get("/job", job=job, wait=0, timeout=20)
     assert answer.status == 200 and answer.json()["state"] == "running"
     assert node.post("/cancel", job=job).json()["state"] == "cancelled"
+
+
+def test_who_was_told_that_all_slots_are_taken_gets_none_later(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["-max-io-jobs", "1"], start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.waiting; s4.waiting.SLOT_SECONDS = 0.5")
+    uuid, port = node.prepare_put("s4://b/first")
+    assert node.post("/prepare_put", key="s4://b/refused").status == 429
+    node.send(port, b"x")
+    assert node.confirm_put(uuid, b"x").status == 200
+    # Nobody sends to the one that was refused: with a slot it would keep it for five seconds.
+    assert node.put("s4://b/next").status == 200
+
+
+def test_few_ports_are_kept_for_further_transfers(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, ["-max-io-jobs", "6"], start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.transfers; s4.transfers.IDLE_LISTENERS = 2")
+    prepared = [node.prepare_put(f"s4://b/{i}") for i in range(6)]
+    for uuid, port in prepared:
+        node.send(port, b"x")
+        assert node.confirm_put(uuid, b"x").status == 200
+
+    def listens(port: int) -> bool:
+        with contextlib.suppress(ConnectionRefusedError), node.dial(port):
+            return True
+        return False
+
+    assert sum(listens(port) for _uuid, port in prepared) == 2
+
+
+def test_the_outcome_of_a_put_is_kept_for_a_while_only(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.transfers; s4.transfers.OUTCOME_SECONDS = 0.1")
+    uuid, port = node.prepare_put("s4://b/000")
+    node.send(port, b"x")
+    assert node.confirm_put(uuid, b"x").status == 200
+    eventually(lambda: node.confirm_put(uuid, b"x").status == 404, 10, "it is forgotten")
+
+
+def test_a_batch_that_nobody_will_confirm_is_forgotten_once_it_is_sent(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    (node,) = start_cluster(1).nodes
+    assert node.put("s4://b/000", b"x").status == 200
+    prepared = node.post("/prepare_gets", body=b'["s4://b/000"]').json()
+    assert node.rows("select direction from transfers") == [("get",)]
+    assert node.receive(prepared["port"]) == b"x"
+    eventually(lambda: not node.rows("select * from transfers"), 8, "it is forgotten")

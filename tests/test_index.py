@@ -28,6 +28,7 @@ from s4.index import (
     TaskChange,
     Underway,
 )
+from s4.index import jobs as index_jobs
 from s4.index import keys as index_keys
 from s4.index.database import RESERVE_BYTES
 from s4.index.query import run_query
@@ -655,6 +656,53 @@ def test_what_tasks_made_is_found_and_removed(database: Database) -> None:
     ]
     jobs.end("one", "failed", None)
     assert [jobs.made_from("one", i) for i in range(2)] == [("b/in/0", "done"), ("b/in/1", "failed")]
+
+
+def test_all_that_a_task_made_is_removed_however_much_it_is(database: Database) -> None:
+    gone: list[str] = []
+    keys = KeyIndex(database, gone.extend)
+    paths = [f"b/out/x/{i:04}" for i in range(2 * index_keys.REMOVE_CHUNK + 1)]
+    keys.restore([KeyRow(path, 1, "0", 0, "one", 0) for path in paths])
+    keys.remove_made("b/out/", [Maker("x", "one", 0)])
+    assert gone == paths and keys.makers("b/out/") == {}
+
+
+def test_what_is_done_in_steps_is_done_to_the_end(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_jobs, "STEP", 2)
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(i, f"b/in/{i}", 1, 10) for i in range(5)])
+    jobs.listed("j", Counts(tasks=5))
+    jobs.end("j", "failed", None)
+    assert jobs.share("j").counts == Counts(tasks=5, cancelled=5)
+    jobs.begin_again("j", 2)
+    assert [task.task for task, _attempt in jobs.waiting("j", -1, 10)] == list(range(5))
+    jobs.end("j", "failed", None)
+    jobs.forget("j", 2)
+    assert _reader(database).execute("select count(*) from tasks").fetchone() == (0,)
+
+
+def test_what_each_of_many_tasks_said_is_told(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(i, f"b/in/{i}", 1, 1) for i in range(130)])
+    changes = [TaskChange(i, "failed", 1, exit_code=3, stderr=b"%d" % i) for i in range(130)]
+    jobs.progress("j", changes, Counts(tasks=130, failed=130))
+    told = [task["stderr"] for chunk in jobs.tasks("j", ["failed"], stderr=True) for task in chunk]
+    assert told == [b"%d" % i for i in range(130)]
+
+
+def test_an_interrupted_share_ended_with_its_last_task(database: Database) -> None:
+    jobs = JobIndex(database)
+    jobs.begin(JobRow("j", "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.add_tasks("j", [NewTask(i, f"b/in/{i}", 1, 1) for i in range(3)])
+    began = jobs.share("j").started_s
+    done = [TaskChange(i, "done", 1, started_s=began + i, seconds=5.0 - i) for i in range(2)]
+    jobs.progress("j", [*done, TaskChange(2, "running", 1, started_s=began + 3)], Counts(tasks=3, done=2))
+    jobs.interrupt("j")
+    assert jobs.share("j").finished_s == pytest.approx(began + 5, abs=0.001)
 
 
 def test_what_is_recorded_twice_is_there_once(database: Database) -> None:

@@ -304,3 +304,13 @@ def test_a_command_may_close_what_it_made(start_cluster: Callable[..., Cluster])
     command = "mkdir d; echo x > d/part; chmod 0 d/part; chmod 0500 d; echo d/part"
     cluster.s4("map-to-n", "s4://b/in/", "s4://b/out/", command)
     assert cluster.contents("s4://b/out/") == {"000/part": b"x\n"}
+
+
+def test_a_folder_whose_mode_a_command_changed_is_not_given_to_the_next(
+    cluster: Cluster, bucket: str
+) -> None:
+    key = f"{bucket}/000"
+    cluster.put(key)
+    for command, said in ((b"chmod 777 .", ""), (b"stat -c %a .", "700\n")):
+        for _ in range(8):  # so that each worker that is free has one
+            assert cluster.owner(key).post("/eval", key=key, body=command).text == said

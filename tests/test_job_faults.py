@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import procs
@@ -624,3 +625,57 @@ def test_a_late_cancel_of_an_earlier_run_spares_the_retry(cluster: Cluster, buck
     eventually(lambda: node.get("/job", job=job).json()["running"] == 1, 10)
     assert node.post("/cancel", job=job, run=1).json()["state"] == "running"
     assert node.post("/cancel", job=job, run=2).json()["state"] == "cancelled"
+
+
+def test_a_failure_is_told_to_all_others_although_one_is_down(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(3, start=False)
+    failing, _down, other = cluster.nodes  # who is told in this order
+    for node in (failing, other):
+        node.start()
+    cluster.put_all({"s4://b/in/000": b"", "s4://b/in/002": b""})
+    command = "[ $filename = 000 ] && exit 3; sleep 7200.21"
+    body = {"cmd": command, "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "some"}
+    assert other.post_json("/map", body | {"detach": True}).status == 200
+    eventually(lambda: procs.running("sleep\x007200.21"), 10)
+    assert failing.post_json("/map", body).status == 400
+    eventually(lambda: _state(other, "some")["state"] == "cancelled", 10)
+    assert not procs.running("sleep\x007200.21")
+
+
+def test_the_same_retry_twice_is_one_run(cluster: Cluster, bucket: str, folder: Path) -> None:
+    cluster.put(f"{bucket}/in/000")
+    node, job = cluster.owner(f"{bucket}/in/000"), f"same-{bucket[5:]}"
+    command = f"[ $S4_ATTEMPT = 1 ] || until [ -e {folder}/go ]; do sleep 0.02; done; exit 3"
+    body = {"cmd": command, "indir": f"{bucket}/in/", "outdir": f"{bucket}/out/", "job": job}
+    assert node.post_json("/map", body).status == 400
+    again = body | {"kind": "map", "run": 2}
+    assert [node.post_json("/retry", again).status for _ in range(2)] == [200, 200]
+    (folder / "go").touch()
+    eventually(lambda: node.rows("select state from jobs where id = ?", job) == [("failed",)], 10)
+    late = node.post_json("/retry", again)  # as of a client that lost the answer
+    assert (late.status, late.json()["state"]) == (200, "failed")
+    assert node.rows("select attempt from tasks where job = ?", job) == [(2,)]
+
+
+def test_a_node_that_never_got_the_job_gets_it_with_its_options(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2)
+    cluster.put_all({"s4://b/in/000": b"", "s4://b/in/001": b""})
+    body: dict[str, object] = {"cmd": "cat", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "some"}
+    body |= {"timeout": 77.5, "retries": 3, "keep_going": True, "skip_existing": True}
+    assert cluster.nodes[0].post_json("/map", body).status == 200
+    cluster.s4("retry", "some")
+    for node in cluster.nodes:
+        options = node.rows("select timeout_s, retries, keep_going, skip_existing, run from jobs")
+        assert options == [(77.5, 3, 1, 1, 2)]
+
+
+def test_of_an_eval_only_its_node_is_needed(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    here, other = cluster.nodes
+    cluster.put("s4://b/000", b"x")
+    assert here.post("/eval", key="s4://b/000", job="evaluated", body=b"cat").status == 200
+    other.kill()
+    assert len(cluster.s4("joblog", "evaluated").lines) == 2
+    assert cluster.s4("cancel", "evaluated").out.startswith(b"it had ended before: job evaluated done")

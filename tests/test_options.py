@@ -1,18 +1,22 @@
 """Pure things of the command line: options, job ids, and how sizes, times and tasks are written."""
 
+import contextlib
 import csv
 import inspect
+import json
 import os
 import pty
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from s4 import keys
-from s4.errors import MisuseError
+from s4 import following, keys
+from s4.errors import BusyError, MisuseError, S4Error, UnreachableError
 from s4.jobtables import JOBLOG_COLUMNS, joblog_row, plan_totals
 from s4.progress import Bar
 from s4.queries import Result
@@ -357,3 +361,45 @@ def test_csv_reads_back_whatever_ends_lines_in_it(folder: Path) -> None:
     file.write_bytes("".join(f"{line}\n" for line in FORMATS["csv"](Result(rows[0], rows[1:]))).encode())
     with open(file, newline="") as written:
         assert list(csv.reader(written)) == rows
+
+
+class _Answers:
+    """In the place of a client, and of its connection to the one node: what the node answers, one by one."""
+
+    server = "h:1"
+
+    def __init__(self, *answers: ShareStatus | S4Error) -> None:
+        self._answers = iter(answers)
+
+    @contextlib.contextmanager
+    def caller(self, _server: str, _seconds: float) -> Iterator[Any]:
+        yield self
+
+    def call(self, *_request: object, silence: float) -> bytes:
+        answer = next(self._answers)
+        if isinstance(answer, S4Error):
+            raise answer
+        return json.dumps(asdict(answer)).encode()
+
+
+def test_a_node_is_lost_when_it_does_not_answer_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "PAUSE_SECONDS", 0.0)
+    running = replace(SHARE, failed=0)
+    done = replace(running, state="done", done=8, running=0, finished_s=1001.0)
+    silent, busy = UnreachableError("h:1", "no answer in time"), BusyError("try again later")
+
+    def followed(*answers: ShareStatus | S4Error) -> JobSummary:
+        client: Any = _Answers(*answers)
+        return following.Follower(client, {"h:1": running}, following.Watch()).wait()
+
+    assert followed(silent, done).state == "done"
+    assert followed(silent, running, silent, done).state == "done"
+    assert followed(silent, busy, busy, busy, done).state == "done"
+    lost = followed(silent, silent)
+    assert (lost.state, lost.lost, [part.node for part in lost.unreachable]) == ("interrupted", 5, ["h:1"])
+
+
+def test_what_a_stopped_node_did_not_end_is_lost_and_not_cancelled_too() -> None:
+    stopped = replace(SHARE, state="interrupted", running=0, cancelled=4, finished_s=1001.0)
+    job = _summary(stopped)
+    assert (job.tasks, job.done, job.skipped, job.failed, job.lost, job.cancelled) == (10, 3, 2, 1, 4, 0)

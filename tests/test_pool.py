@@ -514,6 +514,27 @@ def test_what_a_sender_drops_does_not_leave(bench: Bench) -> None:
 
 
 @in_a_process_alone
+def test_what_was_dropped_or_has_arrived_makes_room_for_more(bench: Bench) -> None:
+    box = _outbox(bench, 1)
+    _add(bench, box, 0, 512, MB)
+    assert box.full
+    assert [box.drop(sender) for sender in range(1, 257)] == [1] * 256 and not box.full
+    while not box.empty:
+        box.send(nothing_more=True)
+        assert len(box.tickets) == outbox.PUSHES_PER_SERVER  # however much there is to send
+        for ticket in box.tickets:
+            with pytest.raises(S4Error):
+                ticket.result(30)
+            box.arrived(ticket, "here")
+    _add(bench, box, 0, 511, MB)
+    assert not box.full
+    assert sum(box.drop(sender) for sender in range(513, 1024)) == 511 and box.empty
+    _add(bench, box, 0, 1, MB)
+    box.send(nothing_more=False)
+    assert _batches(box) == []  # it gathers as at the beginning
+
+
+@in_a_process_alone
 def test_nothing_is_sent_to_a_worker_whose_pipe_is_closed(bench: Bench) -> None:
     """Its descriptor may be that of another file by then, such as node.db."""
     assert bench.run("true").exitcode == 0

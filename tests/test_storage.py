@@ -12,6 +12,7 @@ import pytest
 from s4 import storage as storage_module
 from s4.errors import ConflictError, MissingError
 from s4.storage import Storage
+from s4.workers import scratch
 
 
 def test_a_key_that_is_removed_meanwhile_is_missing_and_nothing_else(folder: Path) -> None:
@@ -131,3 +132,27 @@ def test_a_file_that_a_crash_left_makes_way_for_a_folder(folder: Path) -> None:
         place(str(made), "b/x/y/000")
     assert (folder / "b" / "x" / "y" / "000").read_bytes() == b"new"
     storage.close()
+
+
+def test_no_space_is_reserved_where_little_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = os.statvfs(folder)
+    size = 8 << 20
+    for free_times, reserves in ((1, True), (disk.f_blocks * disk.f_frsize // size + 1, False)):
+        monkeypatch.setattr(scratch, "FREE_TIMES", free_times)
+        asked: list[int] = []
+        monkeypatch.setattr(scratch, "_reserve", lambda _fd, size, asked=asked: asked.append(size))
+        with scratch.reserved(str(folder / "output"), size):
+            assert asked == [size] * reserves
+
+
+def test_folders_in_each_other_are_removed_however_long_their_path_is(folder: Path) -> None:
+    (folder / "top").mkdir()
+    fd = os.open(folder / "top", os.O_RDONLY)
+    for _ in range(3000):  # a path has no more than 4096 bytes
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    storage_module.remove_tree(str(folder / "top"))
+    assert list(folder.iterdir()) == []
