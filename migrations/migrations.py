@@ -189,8 +189,11 @@ def m0005_removals_one_by_one(db: Database) -> None:
 
 
 @migrations()
-def m0006_half_made(db: Database) -> None:
-    """What a shuffle left half-made is not taken for whole once the record of its job is pruned."""
+def m0006_half_made_and_running(db: Database) -> None:
+    """What a shuffle left half-made is not taken for whole once the record of its job is pruned.
+
+    And the jobs that run are found without a look at those that have ended.
+    """
     db.executescript(
         """
         CREATE TABLE half_made (
@@ -199,5 +202,7 @@ def m0006_half_made(db: Database) -> None:
             input     TEXT    NOT NULL,              -- path of the input key
             PRIMARY KEY (job, task)
         ) WITHOUT ROWID;
+
+        CREATE INDEX jobs_running ON jobs (id) WHERE state = 'running';
         """
     )

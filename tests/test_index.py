@@ -348,14 +348,14 @@ def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database
     assert _listed(index, "") == ["b/kept"]
 
 
-def _plans(db: sqlite3.Connection, statements: list[str]) -> list[str]:
-    """How SQLite runs each statement that touches keys, a line a step."""
+def _plans(db: sqlite3.Connection, statements: list[str], table: str = "keys") -> list[str]:
+    """How SQLite runs each statement that touches a table, or sorts, a line a step."""
     return [
         row[3]
         for sql in statements
         if sql.split()[0] in ("SELECT", "WITH", "DELETE", "INSERT", "UPDATE")
         for row in db.execute("EXPLAIN QUERY PLAN " + sql)
-        if "keys" in row[3]
+        if table in row[3] or "TEMP B-TREE" in row[3]
     ]
 
 
@@ -390,6 +390,25 @@ def test_writing_always_searches_by_the_primary_key(database: Database) -> None:
     plans = _plans(_reader(database), [sql for sql in statements if not sql.startswith("--")])
     assert len(plans) > 5
     assert all(plan.startswith("SEARCH keys USING PRIMARY KEY (path") for plan in plans), set(plans)
+
+
+def test_the_newest_jobs_and_those_that_run_are_found_without_a_look_at_the_others(
+    database: Database,
+) -> None:
+    jobs = JobIndex(database)
+    for job in "abc":
+        jobs.begin(JobRow(job, "map", "s4://b/in/", "s4://b/out/", "cat"))
+    jobs.end("b", "failed", "no")
+    read, statements = _reader(database), list[str]()
+    read.set_trace_callback(statements.append)
+    assert [share.job.id for share in jobs.shares("", 2)] == ["c", "b"]
+    assert jobs.running() == ["a", "c"]
+    assert jobs.running_outdirs() == ["s4://b/out/"] * 2
+    read.set_trace_callback(None)
+    newest, *running = _plans(read, statements, "jobs")
+    assert newest == "SCAN jobs USING INDEX jobs_by_start"  # in its order, to the last that is wanted
+    assert len(running) == 2 and all("INDEX jobs_running" in plan for plan in running), running
+    assert [share.job.id for share in jobs.shares("b", 2)] == ["b"]
 
 
 def _steps(database: Database, index: KeyIndex, prefix: str) -> int:

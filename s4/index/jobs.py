@@ -270,11 +270,11 @@ class JobIndex:
 
     def shares(self, prefix: str, limit: int) -> list[ShareRow]:
         """The newest shares whose id starts with `prefix`."""
+        # Without a prefix no range: SQLite would go through all of it and sort, instead of by jobs_by_start.
+        within, range_ = ("WHERE id >= ? AND id < ?", (prefix, prefix + "\U0010ffff")) if prefix else ("", ())
+        query = f"{_SHARE} {within} ORDER BY started_s DESC LIMIT ?"
         with self._db.read() as db:
-            rows = db.execute(
-                _SHARE + " WHERE id >= ? AND id < ? ORDER BY started_s DESC LIMIT ?",
-                (prefix, prefix + "\U0010ffff", limit),
-            ).fetchall()
+            rows = db.execute(query, (*range_, limit)).fetchall()
         return [_share(row) for row in rows]
 
     def tasks(
