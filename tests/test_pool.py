@@ -431,6 +431,25 @@ def test_a_transfer_that_breaks_off_leaves_no_file(bench: Bench) -> None:
     assert not (bench.folder / "a").exists()
 
 
+@in_a_process_alone
+def test_a_worker_whose_descriptors_do_not_reach_it_costs_its_one_task(bench: Bench) -> None:
+    def fails(_socket: socket.socket, _fds: list[int]) -> None:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    source = bench.folder / "source"
+    source.write_bytes(b"data")
+    with socket.create_server((HOST, 0)) as listener:
+        task = Send([4], HOST, listener.getsockname()[1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool, "sendfds", fails)
+            lost = bench.pool.submit(Ticket(Kind.SEND, task, [os.open(source, os.O_RDONLY)]))
+            with pytest.raises(S4Error, match="did not reach its worker: Too many references"):
+                lost.result(10)
+        assert lost.fds == []
+        sent = bench.pool.submit(Ticket(Kind.SEND, task, [os.open(source, os.O_RDONLY)]))
+        assert sent.result(10) is None  # its slot, the only one, is free
+
+
 def _outbox(bench: Bench, servers: int) -> outbox.Outbox[int]:
     """For servers that are not there: what leaves fails, and stays to be looked at."""
     outbox.GATHER_SECONDS = 1000

@@ -254,8 +254,11 @@ class Pool:
                     worker.connection.send((ticket.task, len(ticket.fds)))
                     if ticket.fds:
                         sendfds(worker.descriptors, ticket.fds)
-                except OSError:
+                except ConnectionError:
                     pass  # it died while idle: the loop notices, and fails the ticket
+                except OSError as e:  # as ETOOMANYREFS: it lives, and would wait for the rest for ever
+                    log.error("worker %d did not get its task, and is ended: %s", worker.pid, e)
+                    self._kill(worker, S4Error(f"the task did not reach its worker: {e.strerror}; try again"))
                 ticket._close_fds()  # the worker has its own now
                 ticket._started.set()
         return True
