@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4.errors import BadRequestError, BusyError, ConflictError, MissingError, S4Error
+from s4.errors import BadRequestError, BusyError, ConflictError, FullDiskError, MissingError, S4Error
 from s4.index import (
     Counts,
     Database,
@@ -772,3 +772,20 @@ def test_a_reserve_that_a_crash_left_empty_is_filled_and_none_is_thrown_away(fol
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert reserve.stat().st_size == RESERVE_BYTES
     database.close()
+
+
+def test_the_room_of_the_reserve_is_not_taken_again_before_it_is_used(database: Database) -> None:
+    reserve = Path(database.path + "-reserve")
+    found: list[bool] = []
+
+    def remove() -> str:
+        database.keep_reserve()  # housekeeping comes in between
+        found.append(reserve.exists())
+        if len(found) == 1:
+            raise FullDiskError("full")
+        return "removed"
+
+    assert database.making_room(remove) == "removed"
+    assert found == [True, False]
+    database.keep_reserve()
+    assert reserve.stat().st_size == RESERVE_BYTES

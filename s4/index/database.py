@@ -46,6 +46,7 @@ class Database:
         self.path = path
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._reserve = path + "-reserve"
+        self._reserve_lock = threading.Lock()  # held while somebody uses the room of the reserve, or makes it
         self._writer = self.making_room(self._open)
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
@@ -115,18 +116,22 @@ class Database:
         return connection
 
     def keep_reserve(self) -> None:
-        """Reserve some disk space, unless that is done or there is none left: letting go of it makes removals
-        work on a full disk."""
-        if os.path.exists(self._reserve) and os.path.getsize(self._reserve) >= RESERVE_BYTES:
+        """Reserve some disk space, unless that is done, or there is none left, or it is just being used:
+        letting go of it makes removals work on a full disk."""
+        if not self._reserve_lock.acquire(blocking=False):
             return
         try:
-            with open(self._reserve, "wb") as f:
-                os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
-        except OSError:
-            self.free_reserve()
+            if os.path.exists(self._reserve) and os.path.getsize(self._reserve) >= RESERVE_BYTES:
+                return
+            try:
+                with open(self._reserve, "wb") as f:
+                    os.posix_fallocate(f.fileno(), 0, RESERVE_BYTES)
+            except OSError:
+                self._free_reserve()
+        finally:
+            self._reserve_lock.release()
 
-    def free_reserve(self) -> None:
-        """Let go of the space that was held back."""
+    def _free_reserve(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._reserve)
 
@@ -135,8 +140,9 @@ class Database:
         try:
             return action()
         except FullDiskError:
-            self.free_reserve()
-            return action()
+            with self._reserve_lock:  # housekeeping would take the room again before it is used
+                self._free_reserve()
+                return action()
 
     def check(self) -> None:
         """Read the whole file. Raises DamagedIndexError if it is not sound."""
