@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Evals:
         self._services = services
         self._gate = gate
         self._running: dict[str, Ticket] = {}
-        self._unrecorded: list[tuple[JobRow, TaskChange, str, str | None]] = []
+        self._unrecorded: deque[tuple[JobRow, TaskChange, str, str | None]] = deque()
 
     def run(
         self, path: str, job_id: str, command: str, timeout: float, abandoned: Callable[[], bool]
@@ -140,9 +141,8 @@ class Evals:
 
     def keep_house(self) -> None:
         """Record ends that could not be recorded, as on a full disk."""
-        pending, self._unrecorded = self._unrecorded, []
-        for end in pending:
-            self._end(*end)
+        for _ in range(len(self._unrecorded)):  # one by one: requests may add some meanwhile
+            self._end(*self._unrecorded.popleft())
 
     def _finished(self, job: JobRow, task: NewTask, ticket: Ticket, ran: Ran) -> EvalOutput:
         stdout, stderr = ran.outputs[0], ran.stderr

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -130,7 +131,7 @@ class Transfers:
         self._outcomes: dict[str, _Outcome] = {}  # of puts that ended, by uuid
         self._listening: dict[str, socket.socket] = {}  # by transfer
         self._listeners: list[socket.socket] = []  # idle ones
-        self._unrecorded: list[str] = []  # ended, but still in the record of what is under way
+        self._unrecorded: deque[str] = deque()  # ended, but still in the record of what is under way
 
     def prepare_put(
         self, entries: Sequence[tuple[str, int | None, int | None]], peer: str, job: str | None = None
@@ -415,8 +416,8 @@ class Transfers:
     def expire(self) -> None:
         """Drop what nobody confirmed, and record what could not be recorded; called about once a second."""
         now = time.monotonic()
-        unrecorded, self._unrecorded = self._unrecorded, []
-        for name in unrecorded:
+        for _ in range(len(self._unrecorded)):  # one by one: requests may add some meanwhile
+            name = self._unrecorded.popleft()
             try:
                 self._underway.transfer_ended(name)
             except S4Error:

@@ -468,6 +468,50 @@ def test_the_end_of_a_transfer_that_cannot_be_recorded_is_recorded_later(start_c
     assert node.put("s4://b/001", b"x").status == 200
 
 
+def test_an_end_that_cannot_be_recorded_while_housekeeping_runs_is_recorded_later(
+    start_cluster: Start,
+) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    # Just before an end is added to those that wait, there is a round of housekeeping.
+    node.start(
+        first="""if True:
+        from collections import deque
+        from s4.evals import Evals
+        from s4.transfers import Transfers
+        def interrupted(kind, keep_house):
+            class Ends(deque):
+                def append(self, end):
+                    keep_house(self.owner)
+                    super().append(end)
+            def replace(owner, ends):
+                owner.ends = Ends(ends)
+                owner.ends.owner = owner
+            kind._unrecorded = property(lambda owner: owner.ends, replace)
+        interrupted(Evals, Evals.keep_house)
+        interrupted(Transfers, Transfers.expire)
+        """
+    )
+    assert node.put("s4://b/000", b"x").status == 200
+    get, port = node.prepare_get("s4://b/000")
+    assert node.receive(port) == b"x"
+    go = cluster.work / "go"
+    line = f"until [ -e {go} ]; do sleep 0.02; done"
+    with ThreadPoolExecutor(1) as threads:
+        evaluation = threads.submit(node.post, "/eval", key="s4://b/000", body=line.encode())
+        eventually(lambda: node.rows("select listed from jobs") == [(1,)], 10)
+        with _index_of(node) as index:
+            index.execute("alter table transfers rename to gone")
+            index.execute("alter table tasks rename to lost")
+            assert node.post("/confirm_get", uuid=get, checksum=checksum_of(b"x")).status == 200
+            go.touch()
+            assert evaluation.result().status == 200
+            index.execute("alter table lost rename to tasks")
+            index.execute("alter table gone rename to transfers")
+    eventually(lambda: not node.rows("select * from transfers"), 10, "the end of the transfer is recorded")
+    eventually(lambda: node.rows("select state from jobs") == [("done",)], 10, "the end of the eval, too")
+
+
 def test_removals_beyond_those_that_may_wait_are_told_to_come_back(start_cluster: Start) -> None:
     _cluster, node = _alone(start_cluster)
     assert node.put("s4://b/d/000", b"x").status == 200

@@ -330,6 +330,35 @@ def test_what_is_left_of_removed_keys_is_not_in_the_way_of_new_ones(database: Da
     assert unlinked == ["b/folder/key", "placed"]
 
 
+def test_while_housekeeping_is_at_what_is_left_of_removed_keys_none_is_made_in_its_place(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    problems = [BusyError("too many open files")]
+
+    def unlink(paths: Sequence[str]) -> None:
+        if problems:
+            raise problems.pop()
+        done.extend(paths)
+
+    index = KeyIndex(database, unlink)
+    index.restore([KeyRow("b/folder/key", 1, "0", 0)])
+    index.remove("b/folder/key")
+    remove_files = index._remove_files
+
+    def meanwhile(removal: int, gone: Sequence[str]) -> None:
+        monkeypatch.setattr(index, "_remove_files", remove_files)
+        assert index.add([NewKey("b/folder", 1, "a")], lambda _i: done.append("placed")) == [None]
+        remove_files(removal, gone)
+
+    monkeypatch.setattr(index, "_remove_files", meanwhile)
+    index.finish_removals()
+    assert done[:2] == ["b/folder/key", "placed"]
+    assert _reader(database).execute("select count(*) from removals").fetchone() == (0,)
+    index.finish_removals()
+    assert "b/folder" not in done
+
+
 def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:
     """But not the key with the same bytes of an earlier attempt, nor what was refused."""
     unlinked: list[str] = []

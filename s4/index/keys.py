@@ -82,7 +82,7 @@ class KeyIndex:
     def __init__(self, database: Database, unlink: Callable[[Sequence[str]], None]) -> None:
         self._db = database
         self._unlink = unlink
-        self._unfinished: list[tuple[int, Sequence[str]]] = []  # removals of which some files are still there
+        self._unfinished: dict[int, Sequence[str]] = {}  # by removal: paths of which files are still there
 
     def get(self, path: str) -> KeyRow:
         """The row of a key. Raises MissingError."""
@@ -186,7 +186,7 @@ class KeyIndex:
             try:
                 self._remove_files(removal, gone)
             except S4Error as e:
-                self._unfinished.append((removal, gone))
+                self._unfinished[removal] = gone
                 if not isinstance(e, (BusyError, FullDiskError)):  # nothing that passes
                     raise
                 log.warning("the files of removed keys stay for now: %s", e)
@@ -200,12 +200,12 @@ class KeyIndex:
 
     def finish_removals(self) -> None:
         """Remove the files that could not be removed with their keys; what cannot be now stays for later."""
-        unfinished, self._unfinished = self._unfinished, []
-        for removal, gone in unfinished:
-            try:
+        # A removal stays here until its files are gone: two threads may do the same one, which is no harm,
+        # but none goes on to make a key where files still are.
+        for removal, gone in list(self._unfinished.items()):
+            with contextlib.suppress(S4Error):
                 self._remove_files(removal, gone)
-            except S4Error:
-                self._unfinished.append((removal, gone))
+                self._unfinished.pop(removal, None)
 
     def _remove_rows(
         self, prefix: str, which: str, parameters: tuple[object, ...]
