@@ -1,12 +1,16 @@
 """After a crash: remove what the run before left unfinished, so that files and index agree again."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 from s4.errors import FullDiskError, S4Error
 from s4.index import Database, JobIndex, KeyIndex, Underway
 from s4.keys import SCHEME, is_key
 from s4.storage import Storage
+
+BATCH = 1000  # files of which the index is asked at once
 
 log = logging.getLogger("s4.recovery")
 
@@ -25,17 +29,16 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
         paths = []
     else:
         prefixes += [outdir.removeprefix(SCHEME) for outdir in jobs.running_outdirs()]
-    doomed = [path for path in paths if not keys.exists(path)]
+    doomed = keys.missing(paths)
     for prefix in prefixes:
-        folder = prefix[: prefix.rfind("/")]
-        doomed += [p for p in storage.walk(folder) if p.startswith(prefix) and _is_left(p, keys)]
+        doomed += _left(storage.walk(prefix), keys)
     for path in doomed:
         try:
             storage.unlink([path])
         except S4Error as e:
             log.warning("an unfinished file stays: %s", e)
     for prefix in prefixes:  # the last file of a folder may have been removed, but not the folder
-        storage.remove_empty_folders(prefix[: prefix.rfind("/")])
+        storage.remove_empty_folders(prefix)
     if doomed:
         log.info("removed up to %d files that the last run left unfinished", len(doomed))
     lost = jobs.running()
@@ -49,6 +52,9 @@ def recover(storage: Storage, database: Database, *, adopting: bool = False) -> 
     return lost
 
 
-def _is_left(path: str, keys: KeyIndex) -> bool:
-    """Whether a file is one of ours without a row; one whose name can be no key was put there by somebody."""
-    return is_key(path) and not keys.exists(path)
+def _left(files: Iterable[str], keys: KeyIndex) -> Iterator[str]:
+    """Those of the files that are ours, without a row; one whose name can be no key was put there by
+    somebody."""
+    ours = filter(is_key, files)
+    while batch := list(islice(ours, BATCH)):
+        yield from keys.missing(batch)

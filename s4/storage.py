@@ -194,15 +194,23 @@ class Storage:
                 return
             folder = parent
 
-    def remove_empty_folders(self, folder: str) -> None:
-        """Remove what has no files in a folder of keys, and the folder and those above it if they are empty
-        then."""
+    def remove_empty_folders(self, prefix: str) -> None:
+        """Remove what has no files among the folders of keys that start with `prefix`, and the folder that
+        they are in and those above it if they are empty then."""
+        folder, _slash, start = prefix.rpartition("/")
         # What cannot be looked into stays: closed folders, and thousands in each other.
         with contextlib.suppress(OSError, RecursionError), self._folder(folder) as top:
-            for _path, names, _files, fd in os.fwalk(topdown=False, dir_fd=top):
-                for name in names:
-                    with contextlib.suppress(OSError):  # not empty, or a link
-                        os.rmdir(name, dir_fd=fd)
+            with os.scandir(top) as entries:
+                meant = [
+                    e.name for e in entries if e.name.startswith(start) and e.is_dir(follow_symlinks=False)
+                ]
+            for name in meant:
+                for _path, names, _files, fd in os.fwalk(name, topdown=False, dir_fd=top):
+                    for below in names:
+                        with contextlib.suppress(OSError):  # not empty, or a link
+                            os.rmdir(below, dir_fd=fd)
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=top)
         self._remove_if_empty(folder)
 
     @contextlib.contextmanager
@@ -266,13 +274,13 @@ class Storage:
             for entry in list(os.scandir(os.path.join(self.root, name))):
                 _remove_if_possible(entry.path)
 
-    def walk(self, folder: str = "", leave_alone: Callable[[str, str], None] = _leave_alone) -> Iterator[str]:
-        """The path of every plain file of keys below a folder, in no order.
+    def walk(self, prefix: str = "", leave_alone: Callable[[str, str], None] = _leave_alone) -> Iterator[str]:
+        """The path of every plain file of keys that starts with `prefix`, in no order.
 
         `leave_alone(path, reason)` hears of what is neither file nor folder, such as a symbolic link, and of
         folders that cannot be looked into.
         """
-        pending = [folder]
+        pending = [prefix.rpartition("/")[0]]
         while pending:
             current = pending.pop()
             try:
@@ -288,7 +296,7 @@ class Storage:
             with entries:
                 for entry in entries:
                     path = f"{current}/{entry.name}" if current else entry.name
-                    if not current and entry.name.startswith("_"):
+                    if not path.startswith(prefix) or (not current and entry.name.startswith("_")):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(path)

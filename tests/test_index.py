@@ -394,6 +394,7 @@ def test_reading_always_searches_by_the_primary_key(database: Database) -> None:
     read.set_trace_callback(statements.append)
     index.get("b/1/1")
     index.exists("b/1/1")
+    assert index.missing(["b/1/1", "b/1/x"]) == ["b/1/x"]
     index.conflicts([("b/x/y/z", None)])
     for prefix in ("", "b", "b/", "b/1", "b/\U0010ffff"):
         assert _listed(index, prefix) is not None

@@ -11,6 +11,8 @@ import pytest
 
 from s4 import storage as storage_module
 from s4.errors import ConflictError, MissingError
+from s4.index import Database, KeyIndex, KeyRow
+from s4.recovery import recover
 from s4.storage import Storage
 from s4.workers import scratch
 
@@ -113,12 +115,56 @@ def test_empty_folders_go_and_what_cannot_be_looked_into_stays(
         return really(path, create=create)
 
     monkeypatch.setattr(storage, "_open_folder", open_folder)
-    for path in ("b/x", "b/closed", "b/missing", "c"):
-        storage.remove_empty_folders(path)
+    for prefix in ("b/x/", "b/closed/", "b/missing/", "c/"):
+        storage.remove_empty_folders(prefix)
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.parts[-2][0] != "_")
     assert [path for path in left if path[0] != "_"] == [
         *("b", "b/closed", "b/closed/empty", "b/x", "b/x/full", "b/x/full/key", "b/x/link"),
     ]
+    storage.close()
+
+
+def test_a_sweep_looks_only_where_keys_of_its_prefix_may_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(folder))
+    for name in ("b/other", "b/01/full", "b/02/empty", "b/other/empty"):
+        (folder / name).mkdir(parents=True)
+    for name in ("b/000", "b/01/full/key", "b/other/key", "b/1"):
+        (folder / name).touch()
+    scandir, seen = os.scandir, list[str]()
+
+    def spy(place: str | int) -> object:
+        path = place if isinstance(place, str) else os.readlink(f"/proc/self/fd/{place}")
+        seen.append(os.path.relpath(path, folder))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", spy)
+    assert sorted(storage.walk("b/0")) == ["b/000", "b/01/full/key"]
+    storage.remove_empty_folders("b/0")
+    assert set(seen) == {"b", "b/01", "b/01/full", "b/02", "b/02/empty"}
+    assert sorted(path.name for path in (folder / "b").iterdir()) == ["000", "01", "1", "other"]
+    assert (folder / "b" / "other" / "empty").exists()
+    storage.close()
+
+
+def test_after_a_crash_the_index_is_asked_for_many_files_at_once(folder: Path) -> None:
+    storage = Storage(str(folder))
+    database = Database(storage.index_path)
+    keys = [f"b/in/{i:04}" for i in range(0, 2500, 2)]
+    (folder / "b" / "in").mkdir(parents=True)
+    for i in range(2500):
+        (folder / "b" / "in" / f"{i:04}").touch()
+    KeyIndex(database, storage.unlink).restore([KeyRow(key, 0, "0", 0) for key in keys])
+    with database.write() as db:
+        db.execute("INSERT INTO removals (prefix) VALUES ('b/in/')")
+    statements: list[str] = []
+    with database.read() as reader:
+        reader.set_trace_callback(statements.append)
+    assert recover(storage, database) == []
+    assert len([sql for sql in statements if "FROM keys" in sql]) <= 5
+    assert sorted(storage.walk()) == keys
+    database.close()
     storage.close()
 
 

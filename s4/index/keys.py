@@ -97,6 +97,11 @@ class KeyIndex:
             found = {row[0]: KeyRow._make(row) for row in db.execute(_FOUND, (json.dumps(paths),))}
         return [found.get(path) for path in paths]
 
+    def missing(self, paths: Sequence[str]) -> list[str]:
+        """Those of many paths that are no keys."""
+        with self._db.read() as db:
+            return [path for (path,) in db.execute(_GONE, (json.dumps(paths),))]
+
     def conflicts(
         self, wanted: Sequence[tuple[str, int | None]], job: str | None = None
     ) -> list[ConflictError | None]:
