@@ -1272,6 +1272,46 @@ def test_a_stop_on_a_full_disk_loses_nothing(start_cluster: Start) -> None:
         assert len(cluster.keys("s4://b/")) == 200
 
 
+def test_on_a_disk_without_a_byte_left_a_node_starts_and_keys_can_be_removed(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False, check=False)
+    (node,) = cluster.nodes
+    with _small_disk(node, 12):
+        node.start()
+        cluster.put_all({f"s4://b/{i:03}": bytes(10_000) for i in range(20)})
+        assert node.terminate() == 0
+        _fill_disk(node)
+        node.start()
+        assert cluster.s4("cp", "s4://b/000", "-").out == bytes(10_000)
+        assert cluster.s4("eval", "s4://b/000", "wc -c").lines == ["10000"]
+        cluster.s4("rm", "-r", "s4://b/00")
+        assert len(cluster.keys("s4://b/")) == 10
+
+
+def test_on_a_disk_without_a_byte_left_an_index_is_rebuilt_or_the_reason_told(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False, check=False)
+    (node,) = cluster.nodes
+    place = ["-port", str(node.port), "-conf", str(cluster.conf)]
+
+    def fails(*action: str) -> None:
+        done = subprocess.run([SERVER, *action, *place], cwd=node.folder, capture_output=True, timeout=60)
+        assert done.returncode == 1
+        assert done.stderr.endswith(b"node.db: the disk is full; to be opened it needs a little room\n")
+
+    with _small_disk(node, 12):
+        node.start()
+        cluster.put("s4://b/000", b"x")
+        assert node.terminate() == 0
+        _fill_disk(node)
+        subprocess.run([SERVER, "reindex", *place], cwd=node.folder, check=True, timeout=60)
+        (node.data / "_index" / "node.db-reserve").unlink(missing_ok=True)  # the room that was used for this
+        fill = _fill_disk(node)
+        fails("reindex")
+        fails()
+        fill.unlink()
+        node.start()
+        assert cluster.keys("s4://b/") == ["s4://b/000"]
+
+
 def test_on_a_full_disk_a_slow_reader_gets_a_long_answer_whole(start_cluster: Start) -> None:
     cluster = start_cluster(1, start=False)
     (node,) = cluster.nodes

@@ -30,6 +30,9 @@ _PRAGMAS = """
 RESERVE_BYTES = 1024 * 1024  # several times what the removal of a few hundred keys writes
 IDLE_READERS = 8  # connections kept for further reads; each has two files open
 
+# What SQLite says on a full disk, the second when it opens a file: "disk I/O error".
+_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+
 # What `write` gives: the connection, inside a transaction.
 Transaction: TypeAlias = sqlite3.Connection
 
@@ -47,7 +50,12 @@ class Database:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._reserve = path + "-reserve"
         self._reserve_lock = threading.Lock()  # held while somebody uses the room of the reserve, or makes it
-        self._writer = self.making_room(self._open)
+        try:
+            self._writer = self.making_room(self._open)
+        except FullDiskError as e:  # no node runs that could make room
+            raise FullDiskError(
+                f"the index {path}: the disk is full; to be opened it needs a little room"
+            ) from e
         # One lock instead of a writer thread: a commit takes 15 µs, handing it to a thread takes longer.
         self._write_lock = threading.Lock()
         self._readers: list[sqlite3.Connection] = []  # idle ones
@@ -179,8 +187,8 @@ def explained(path: str, e: sqlite3.Error) -> S4Error:
     name = getattr(e, "sqlite_errorname", "")  # errors of the Python module itself have none
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return DamagedIndexError(f"{path}: {e}; 's4-server reindex' makes a new one from the files")
-    if name == "SQLITE_FULL":
-        return FullDiskError(f"the index {path}: {e}; s4 rm makes room")
+    if name in _NO_ROOM:
+        return FullDiskError(f"the index {path}: the disk is full; s4 rm makes room")
     if name.startswith("SQLITE_CANTOPEN") and _no_descriptor_is_left():
         return BusyError(f"the index {path}: too many files are open here; try again later")
     return S4Error(f"the index {path}: {e}")
