@@ -265,14 +265,14 @@ class Storage:
                 continue
             for entry in entries:
                 if entry.name == name or entry.name.startswith(name + "."):
-                    _remove_if_possible(entry.path)
+                    remove_if_possible(entry.path)
 
     def empty_temporary(self) -> None:
         """Remove all that is no key: what a node that was killed left. What cannot be removed, such as
         what a command made as another user, is told."""
         for name in _FLEETING_FOLDERS:
             for entry in list(os.scandir(os.path.join(self.root, name))):
-                _remove_if_possible(entry.path)
+                remove_if_possible(entry.path)
 
     def walk(self, prefix: str = "", leave_alone: Callable[[str, str], None] = _leave_alone) -> Iterator[str]:
         """The path of every plain file of keys that starts with `prefix`, in no order.
@@ -354,7 +354,8 @@ def remove_tree(path: str) -> None:
             pending.pop()
 
 
-def _remove_if_possible(path: str) -> None:
+def remove_if_possible(path: str) -> None:
+    """Remove a file or folder like `remove_tree`; what cannot be removed is told, and stays."""
     try:
         remove_tree(path)
     except OSError as e:

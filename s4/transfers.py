@@ -30,7 +30,7 @@ from s4.errors import (
 from s4.exchange import MAX_BATCH_KEYS
 from s4.index import KeyIndex, KeyRow, NewKey, Transaction, Underway
 from s4.keys import url
-from s4.storage import Storage
+from s4.storage import Storage, remove_if_possible
 from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Receive, Received, Send, StoredFile
@@ -394,8 +394,7 @@ class Transfers:
         if self._transfers.pop(transfer.uuid, None) is not None:
             self._let_go(transfer)
             for file in left:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file)
+                remove_if_possible(file)
             try:
                 if len(left) == len(transfer.files):  # what became a key took the record with it
                     self._underway.transfer_ended(transfer.uuid)

@@ -468,6 +468,34 @@ def test_the_end_of_a_transfer_that_cannot_be_recorded_is_recorded_later(start_c
     assert node.put("s4://b/001", b"x").status == 200
 
 
+def test_a_transfer_whose_file_cannot_be_removed_is_over_all_the_same(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False, check=False)
+    (node,) = cluster.nodes
+    node.start(
+        first="""if True:
+        import errno, os, s4.transfers
+        s4.transfers.UNCONFIRMED_SECONDS = 2.0
+        really = os.unlink
+        def unlink(path, **options):
+            if "/_tempfiles/" in path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            really(path, **options)
+        os.unlink = unlink
+        """
+    )
+    expires, port = node.prepare_put("s4://b/000")
+    node.send(port, b"x")
+    told = f"_tempfiles/{expires}.0 stays until the next start: [Errno 5]"
+    eventually(lambda: told in node.log, 10, "it expires")
+    eventually(lambda: not node.rows("select * from transfers"), 5, "its row is gone")
+    refused, port = node.prepare_put("s4://b/000")
+    node.send(port, b"x")
+    assert node.post("/confirm_put", uuid=refused, checksum="0").status == 400
+    assert node.rows("select * from transfers") == []
+    assert node.put("s4://b/000", b"x").status == 200
+    assert "housekeeping failed" not in node.log
+
+
 def test_an_end_that_cannot_be_recorded_while_housekeeping_runs_is_recorded_later(
     start_cluster: Start,
 ) -> None:
