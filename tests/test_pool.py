@@ -306,6 +306,21 @@ def test_idle_workers_that_die_are_replaced_at_once(bench: Bench) -> None:
 
 
 @in_a_process_alone
+def test_the_socket_of_a_fork_server_that_died_goes_with_the_next(bench: Bench) -> None:
+    assert bench.run("true").exitcode == 0
+    workers = eventually(lambda: len(found := bench.workers()) == 2 and found, 10)
+    assert isinstance(workers, set)
+    [before] = (bench.folder / "run").glob("listener-*")
+    servers = {process.parent for process in procs.descendants(os.getpid()) if process.pid in workers}
+    for pid in [*servers, *workers]:
+        procs.kill(pid)
+    eventually(lambda: len(bench.workers() - workers) == 2, 10, "there are others")
+    [after] = (bench.folder / "run").glob("listener-*")
+    assert after != before
+    assert bench.run("true").exitcode == 0
+
+
+@in_a_process_alone
 def test_after_a_burst_only_the_spare_workers_are_left(bench: Bench) -> None:
     bench.pool.stop()
     pool.IDLE_SECONDS = 0.2  # which a pool reads when it starts

@@ -8,6 +8,7 @@ import contextlib
 import enum
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import selectors
@@ -175,6 +176,7 @@ class Pool:
         config["tempdir"] = f"/proc/{os.getpid()}/fd/{self._socket_folder}"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["s4.workers.preload"])
+        self._server_socket = ""  # path of that of the fork server, once there is one
         # Workers see the other end close when the node dies.
         self._lifeline, self._lifeline_end = self._context.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._loop, name="pool", daemon=True)
@@ -333,6 +335,11 @@ class Pool:
         )
         process.start()
         theirs.close()
+        server_socket = vars(multiprocessing.forkserver._forkserver)["_forkserver_address"]
+        if self._server_socket not in ("", server_socket):  # the one before died, and could not remove it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._server_socket)
+        self._server_socket = server_socket
         pid = process.pid
         assert pid is not None
         worker = _Worker(process, ours, socket.socket(fileno=os.dup(ours.fileno())), pid)
