@@ -114,7 +114,8 @@ class Cancel(Resource):
 
 
 class JobStatus(Resource):
-    """GET /job?job=[&wait=]: this node's share of a job, after its end or `wait` seconds; 404."""
+    """GET /job?job=[&wait=]: this node's share of a job, after its end or at most `wait` seconds, and at most
+    30; 404."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
@@ -123,8 +124,8 @@ class JobStatus(Resource):
 
 
 class JobList(Resource):
-    """GET /jobs[?limit=][&prefix=][&state=running]: a JSON list of this node's shares, the newest first;
-    with `state` of all that run, evals too, in no order."""
+    """GET /jobs[?limit=][&prefix=][&state=running]: a JSON list of this node's shares, the newest
+    first, at most `limit` (1000); with `state` of all that run, evals too, in no order."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
