@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from s4.index import JobRow, Maker, ShareRow
 from s4.index.schema import schema
 from s4.jobs import row_of
 from s4.keys import url
+from s4.leanjson import is_infinite
 from s4.node import Node
 from s4.outputs import REMOVED_AT_ONCE
 from s4.parameters import (
@@ -233,17 +233,13 @@ def _json_row(row: Sequence[Any]) -> bytes:
     try:
         line = _json(row)
     except ValueError:  # JSON has no infinity, but numbers that are read as one
-        shown = (str(value).replace("inf", "1e999") if _is_infinite(value) else _json(value) for value in row)
+        shown = (str(value).replace("inf", "1e999") if is_infinite(value) else _json(value) for value in row)
         line = f"[{', '.join(shown)}]"
     return line.encode() + b"\n"
 
 
 def _json(value: object) -> str:
     return json.dumps(value, default=lambda blob: {"blob": blob.hex()}, allow_nan=False)
-
-
-def _is_infinite(value: object) -> bool:
-    return isinstance(value, float) and math.isinf(value)
 
 
 def _json_result(rows: Iterator[Sequence[Any]]) -> Iterator[bytes]:

@@ -66,6 +66,11 @@ def dumps(value: object) -> bytes:
     return "".join(_encode(value, 0)).encode("ascii")
 
 
+def is_infinite(value: object) -> bool:
+    """Whether a value is a number that JSON does not have."""
+    return isinstance(value, float) and abs(value) == float("inf")
+
+
 def read_answer(server: str, answer: bytes, kind: "type[T]") -> "T":
     """The value of the JSON text that a server answered, which must be a `kind`. Raises NonsenseError."""
     try:

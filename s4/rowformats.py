@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from s4.jobtables import escaped
+from s4.leanjson import is_infinite
 from s4.queries import Result, Value
 from s4.text import table, without_controls
 
@@ -61,14 +62,9 @@ def _as_json(result: Result) -> Iterator[str]:
         return
     yield "["
     for i, row in enumerate(result.rows):
-        values = [_text(value) if isinstance(value, bytes) or _is_infinite(value) else value for value in row]
+        values = [_text(value) if isinstance(value, bytes) or is_infinite(value) else value for value in row]
         yield json.dumps(dict(zip(names, values, strict=True))) + ("," if i + 1 < len(result.rows) else "")
     yield "]"
-
-
-def _is_infinite(value: Value) -> bool:
-    """Whether JSON has no such number."""
-    return isinstance(value, float) and abs(value) == float("inf")
 
 
 def _text(value: Value) -> str:
