@@ -260,7 +260,8 @@ class PreparePut(Resource):
         given = query_of(req)
         path = self._node.own_key(needed(given, "key"))
         size = whole_number(given, "size") if "size" in given else None
-        prepared = _single(self._node.transfers.prepare_put([(path, size, None)], _peer(req)))
+        prepared = self._node.transfers.prepare_put([(path, size, None)], _peer(req))
+        _raise_refusal(prepared.refused)
         resp.text = f"{prepared.uuid} {prepared.port}"
 
 
@@ -270,9 +271,7 @@ class ConfirmPut(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = query_of(req)
         uuid, checksum = needed(given, "uuid"), needed(given, "checksum")
-        for error in self._node.transfers.confirm_put(uuid, [checksum]):
-            if error is not None:
-                raise error
+        _raise_refusal(self._node.transfers.confirm_put(uuid, [checksum]))
         resp.text = "stored"
 
 
@@ -286,7 +285,8 @@ class PrepareGet(Resource):
         port = whole_number(given, "port", 65535) if "port" in given else None
         if port == 0:
             raise BadRequestError("port=0: a port of the caller is needed")
-        prepared = _single(self._node.transfers.prepare_get([path], _peer(req), port, confirmed=True))
+        prepared = self._node.transfers.prepare_get([path], _peer(req), port, confirmed=True)
+        _raise_refusal(prepared.refused)
         resp.text = prepared.uuid if port is not None else f"{prepared.uuid} {prepared.port}"
 
 
@@ -416,11 +416,10 @@ def _blocks(*files: tuple[int, int]) -> Iterator[bytes]:
             os.close(fd)
 
 
-def _single(prepared: Prepared) -> Prepared:
-    for error in prepared.refused:
+def _raise_refusal(refused: list[S4Error | None]) -> None:
+    for error in refused:
         if error is not None:
             raise error
-    return prepared
 
 
 def _refusals(errors: list[S4Error | None]) -> list[tuple[int, str] | None]:
