@@ -6,7 +6,7 @@ _JOB = "id of the job"
 _TASK = "number of the task, the same in the whole cluster; task % servers is its node"
 _TIME = "seconds since 1970, UTC"
 
-MEANINGS: dict[str, dict[str, str]] = {
+_TABLES: dict[str, dict[str, str]] = {
     "keys": {
         "path": "BUCKET/DIR/NAME, also the file's path below s4_data",
         "size": "bytes",
@@ -83,39 +83,24 @@ MEANINGS: dict[str, dict[str, str]] = {
         "input": "path of its input key",
     },
     "stderrs": {"job": _JOB, "task": _TASK, "stderr": "last 64 KB of the command's stderr"},
-    "recent_keys": {
-        "created": "UTC",
-        "size": "bytes",
-        "key": "s4://…",
-        "checksum": "xxh64",
-        "job": "id of the job that made it",
-        "task": "number of the task that made it",
-    },
+}
+
+
+def _of(table: str, columns: str) -> dict[str, str]:
+    return {column: _TABLES[table][column] for column in columns.split()}
+
+
+MEANINGS = _TABLES | {  # and of the views
+    "recent_keys": {"created": "UTC", "key": "s4://…", **_of("keys", "size checksum job task")},
     "recent_jobs": {
-        "id": _JOB,
-        "kind": "map, map-to-n, map-from-n or eval",
-        "state": "of this node's share",
         "progress": "done/tasks",
-        "failed": "tasks that failed",
-        "cancelled": "tasks that were ended, or never began",
-        "skipped": "tasks whose output existed already",
-        "started": "UTC",
+        "started": "start of the last run, UTC",
         "seconds": "how long its last run took, or takes",
-        "indir": "INDIR, or the key of an eval",
-        "outdir": "OUTDIR",
-        "command": "the bash line",
-        "error": "what failed first",
+        **_of("jobs", "id kind state failed cancelled skipped indir outdir command error"),
     },
     "failed_tasks": {
-        "job": _JOB,
-        "task": _TASK,
-        "input": "path of the input key",
-        "attempt": "of the last try",
-        "exit_code": "as bash reports it",
-        "signal": "number of the signal that ended it",
-        "seconds": "how long it ran",
-        "error": "why it failed, one line",
-        "stderr": "last 64 KB of the command's stderr",
+        **_of("tasks", "job task input attempt exit_code signal seconds error"),
+        **_of("stderrs", "stderr"),
     },
 }
 
