@@ -29,7 +29,8 @@ def reason_of(error: S4Error, server: str) -> str:
 
 
 def rebuilt(name: str, message: str) -> S4Error:
-    """An error that crossed from another process as the name of its class and its text."""
+    """An error that crossed from another process as the name of its class and its text; fields that its class
+    has besides, such as `server`, are lacking."""
     kind = globals().get(name)
     if not (isinstance(kind, type) and issubclass(kind, S4Error)):
         kind = S4Error
@@ -68,7 +69,7 @@ class MissingError(S4Error):
 
 
 class ConflictError(S4Error):
-    """The key exists already, or needs a folder where a key is (or the other way round)."""
+    """What is there already, a key, a folder or a job, stands in the way."""
 
 
 class OverlapError(S4Error):
@@ -76,7 +77,7 @@ class OverlapError(S4Error):
 
 
 class BusyError(S4Error):
-    """No slot became free within the time limit; trying again later is the right answer."""
+    """The node cannot do it now, as without a free slot, place or descriptor; trying again later is right."""
 
 
 class StoppingError(S4Error):
