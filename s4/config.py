@@ -118,8 +118,8 @@ def parse_server(text: str) -> Server:
     if bracketed:
         import socket  # most confs do without: 3 ms
 
-        try:
-            socket.inet_pton(socket.AF_INET6, host)
+        try:  # one spelling of an address, whatever the conf has
+            host = socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, host))
         except OSError:
             raise ValueError(f"{text!r}: {host!r} is not an IPv6 address") from None
     if not 1 <= port <= 65535:

@@ -68,6 +68,9 @@ def copy(client: "Client", src: str, dst: str, recursive: bool) -> None:
     if recursive and "-" in (src, dst):
         raise BadRequestError("'-' is a single file: leave -r out")
     if dst.startswith(SCHEME):
+        if src != "-":
+            with _local_errors(src):
+                os.stat(src)  # a folder of which nothing can be seen would be taken for a file
         if recursive and os.path.isdir(src):
             _put_folder(client, src, dst)
         else:
@@ -139,7 +142,8 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
             else:
                 if os.path.exists(place) and not os.access(place, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                made = _make_folders(os.path.dirname(place))
+                if not os.path.islink(dst):  # where a link leads, nobody asked for folders
+                    made = _make_folders(os.path.dirname(place))
                 name = f".s4-{os.getpid()}-{threading.get_ident()}"
                 temporary = os.path.join(os.path.dirname(place), name)
                 target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -65,6 +65,14 @@ def test_a_conf_that_is_missing_or_unreadable_is_reported(cluster: Cluster, fold
         assert str(path) in cluster.run("-conf", str(path), cwd=folder, program=[SERVER]).fatal
 
 
+def test_an_ipv6_address_is_the_same_however_it_is_spelled(cluster: Cluster, folder: Path) -> None:
+    conf = folder / "conf"
+    conf.write_text("[FD00:0::0:2]:80\n[::1]:80\n")
+    assert cluster.s4("servers", "-c", str(conf)).lines == ["[fd00::2]:80", "[::1]:80"]
+    conf.write_text("[::1]:80\n[0:0::1]:80\n")
+    assert "[::1]:80 is listed twice" in cluster.fails("servers", "-c", str(conf))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

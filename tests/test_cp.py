@@ -143,6 +143,26 @@ def test_a_download_through_a_symbolic_link_writes_its_target(
     assert (folder / "real" / "file").read_bytes() == b"new"
 
 
+def test_where_a_symbolic_link_leads_to_no_folders_are_made(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    cluster.put(f"{bucket}/000", b"new")
+    (folder / "link").symlink_to("nowhere/file")
+    cluster.fails("cp", f"{bucket}/000", "link", says="No such file or directory", code=1, cwd=folder)
+    assert [path.name for path in folder.iterdir()] == ["link"]
+    (folder / "nowhere").mkdir()
+    cluster.s4("cp", f"{bucket}/000", "link", cwd=folder)
+    assert (folder / "nowhere" / "file").read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_named_with_the_reason(
+    cluster: Cluster, bucket: str, folder: Path
+) -> None:
+    folder.chmod(0)
+    line = cluster.fails("cp", "-r", ".", f"{bucket}/d/", code=1, cwd=folder, privileged=False)
+    assert line == "fatal: .: Permission denied"
+
+
 def test_a_pipe_can_be_uploaded_while_it_is_written(cluster: Cluster, bucket: str) -> None:
     process = cluster.start_s4("cp", "-", f"{bucket}/000", stdin=subprocess.PIPE)
     assert process.stdin is not None
