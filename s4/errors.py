@@ -73,7 +73,14 @@ class ConflictError(S4Error):
 
 
 class OverlapError(S4Error):
-    """A job that must not overlap with its twin was submitted while the twin runs."""
+    """A job that must not overlap with its twin was submitted while the twin runs; `job` is the id of that,
+    None if only a node knows."""
+
+    job: str | None = None
+
+    def __init__(self, text: str, job: str | None = None) -> None:
+        super().__init__(text)
+        self.job = job
 
 
 class BusyError(S4Error):

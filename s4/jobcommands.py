@@ -52,7 +52,7 @@ def _job_command(kind: str) -> Callable[..., int]:
             return _show_end(lambda: method(*words, **options, watch=watch), quiet, json)
         except OverlapError as e:
             if json:
-                _print_json({"state": "overlap", "message": str(e)})
+                _print_json({"job": e.job, "state": "overlap", "message": str(e)})
             elif not quiet:
                 say(str(e))
             return 0
@@ -89,9 +89,16 @@ def show_retry(
     _exclude(detach=detach, quiet=quiet)
     if not detach:
         watch = watch_for(quiet=quiet or json)
-        return _show_end(lambda: client.retry(*words, watch=watch), quiet, json)
+
+        def follow() -> JobSummary | None:
+            # As JSON a job of which nothing is left to do is shown as it is.
+            return client.retry(*words, watch=watch) or (client.job(*words) if json else None)
+
+        return _show_end(follow, quiet, json)
     begun = client.retry(*words, detach=True)
-    return _show_nothing(False, json) if begun is None else _show_id(begun.job, json)
+    if begun is None and not json:
+        say(_NOTHING_TO_RETRY)
+    return _show_id((begun or client.job(*words)).job, json)
 
 
 _NOTHING_TO_RETRY = "nothing to do: every task of the job is done"
@@ -112,22 +119,15 @@ def _show_end(follow: Callable[[], JobSummary | None], quiet: bool, as_json: boo
         if as_json and e.summary is not None:
             _print_json(_summary_json(e.summary))
         raise
-    if summary is None:
-        return _show_nothing(quiet, as_json)
-    if as_json:
+    if as_json and summary is not None:
         _print_json(_summary_json(summary))
-    elif not quiet:
+    elif quiet:
+        pass
+    elif summary is None:
+        say(_NOTHING_TO_RETRY)
+    else:
         nothing = not summary.tasks and summary.outdir
         say(f"job {summary.job}: nothing to map: no keys in {summary.indir}" if nothing else ending(summary))
-    return 0
-
-
-def _show_nothing(quiet: bool, as_json: bool) -> int:
-    """That there is nothing to retry."""
-    if as_json:
-        _print_json({"state": "done", "message": _NOTHING_TO_RETRY})
-    elif not quiet:
-        say(_NOTHING_TO_RETRY)
     return 0
 
 

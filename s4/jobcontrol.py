@@ -166,8 +166,10 @@ def _prepare(client: Client, request: Request) -> None:
     """Raises what speaks against a job before any node has begun it."""
     request.check()
     check_all_reachable(client)
-    if request.no_overlap:
-        _check_no_twin(client, request)
+    twin = _twin(client, request) if request.no_overlap else None
+    if twin is not None:
+        work = f"{request.kind} of {request.indir}"
+        raise OverlapError(f"job {twin} is still running: {work}; nothing was started", twin)
 
 
 def _submit(client: Client, request: Request, job: str) -> dict[str, ShareStatus]:
@@ -183,13 +185,13 @@ def _submit(client: Client, request: Request, job: str) -> dict[str, ShareStatus
     return _all_or_none(client, job, None, post, [servers[:first], servers[first:]])
 
 
-def _check_no_twin(client: Client, request: Request) -> None:
+def _twin(client: Client, request: Request) -> str | None:
+    """The id of a job that runs and does the same work."""
     for shares in at_once(lambda server: jobcalls.shares(client, server, state=RUNNING), client.servers()):
         for share in shares:
             if request.same_work(share):
-                raise OverlapError(
-                    f"job {share.id} is still running: {request.kind} of {request.indir}; nothing was started"
-                )
+                return share.id
+    return None
 
 
 def _all_or_none(
@@ -308,7 +310,8 @@ def cancel(client: Client, prefix: str) -> tuple[JobSummary, bool]:
 def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = False) -> JobSummary | None:
     """Run again what failed, was cancelled or was lost, and follow it; None if there is nothing to do.
 
-    With `detach` it is not followed, and the summary is that of its beginning. Raises JobError like `run`.
+    With `detach` it is not followed, and the summary is that of its beginning. Raises JobError like `run`,
+    ConflictError while it runs, or another job that does the same.
     """
     watch = watch or Watch()
     check_all_reachable(client)
@@ -338,6 +341,11 @@ def retry(client: Client, prefix: str, watch: Watch | None, *, detach: bool = Fa
         share.keep_going,
         share.skip_existing,
     )
+    twin = _twin(client, request)
+    if twin is not None:  # each would find outputs of the other in its way
+        raise ConflictError(
+            f"job {twin}, which does the same, is still running: s4 wait {twin}, then try again"
+        )
     body = {**asdict(request), "job": share.id, "run": again}
     with _Cancelling(client, found.job, watch, again):
 
