@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from s4.config import Conf
-from s4.index import JobIndex, JobRow, KeyIndex, Maker
-from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of
+from s4.errors import ConflictError
+from s4.index import UNKNOWN_JOB, JobIndex, JobRow, KeyIndex, Maker
+from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of, url
 from s4.outputs import Outputs
 from s4.states import DONE, MAP, MAP_FROM_N, MAP_TO_N, RUNNING
 
@@ -94,14 +95,23 @@ class Inputs:
 
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
         or of which nothing is known any more, unless they are older than it; what `besides` made does not
-        count. Raises NodeError if a node does not answer.
+        count. Raises NodeError if a node does not answer, ConflictError if a reindex has found keys there
+        and nothing else is known: they may be a part of what was to be made.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
         made = [found for found in self._made_from(path) if found.maker != besides]
         states = [found.state for found in made if found.origin == path]
+        if DONE in states or RUNNING in states:
+            return True
+        if any(found.maker.job == UNKNOWN_JOB for found in made):
+            there, all_there = url(self.target(path)), self._job.outdir
+            raise ConflictError(
+                f"since a reindex it is not known whether what is in {there} is whole: remove it"
+                f" (s4 rm -r {there}, or all of it: s4 rm -r {all_there}) and run this again"
+            )
         if states:
-            return DONE in states or RUNNING in states
+            return False
         unknown = [found.created_s for found in made if found.origin is None]
         [key] = self._keys.get_all([path])
         return bool(unknown) and (key is None or max(unknown) + CLOCK_SECONDS >= key.created_s)

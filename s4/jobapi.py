@@ -203,6 +203,7 @@ class Stat(Resource):
         row, file = self._node.stat(needed(query_of(req), "key"))
         shown = row._asdict()
         del shown["path"]
+        shown["job"] = row.job or None
         answer_json(
             resp,
             {

@@ -35,7 +35,9 @@ def with_scheme(text: str) -> str:
     return text
 
 
-REMOVE_FIRST = "keys are immutable, remove it first"  # what is said of one that exists already
+# What is said of a key that exists already; of one that another input of a map-to-n has made.
+REMOVE_FIRST = "keys are immutable, remove it first"
+DIFFERENT_NAMES = "inputs of a map-to-n need different NAMEs"
 
 
 def parse_key(text: str) -> str:
@@ -102,7 +104,9 @@ def _is_forbidden(character: str) -> bool:
 def _check_segments(text: str, segments: list[str]) -> None:
     for segment in segments:
         if segment in ("", ".", ".."):
-            raise BadKeyError(text, "empty, '.' and '..' segments are not allowed")
+            other = "://" in text and not text.startswith(SCHEME)
+            rule = "empty, '.' and '..' segments are not allowed"
+            raise BadKeyError(text, f"a key begins with {SCHEME}" if other else rule)
         if len(segment.encode()) > MAX_SEGMENT_BYTES:
             raise BadKeyError(text, f"a segment is longer than {MAX_SEGMENT_BYTES} bytes")
     if segments and segments[0].startswith("_"):
@@ -167,6 +171,8 @@ def parse_indir(text: str) -> tuple[str, str]:
         return parse_folder(text), ""
     if not _has_wildcard(text):
         raise BadRequestError(f"{text}: INDIR must end in '/' or hold a glob of '*', '?' or '[…]'")
+    if "[[:" in text or ":]]" in text:
+        raise BadRequestError(f"{text}: classes such as [[:digit:]] are not known here, write [0-9]")
     segments = parse_key(text).split("/")
     first = next(i for i, segment in enumerate(segments) if _has_wildcard(segment))
     if first == 0:

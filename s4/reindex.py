@@ -10,7 +10,7 @@ from itertools import islice
 
 from s4.config import Conf
 from s4.errors import BadKeyError, ConflictError, DamagedIndexError, S4Error
-from s4.index import Database, KeyIndex, KeyRow
+from s4.index import UNKNOWN_JOB, Database, KeyIndex, KeyRow
 from s4.keys import owner, parse_key, url
 from s4.recovery import recover
 from s4.storage import Storage
@@ -146,7 +146,7 @@ def _record(keys: KeyIndex, paths: list[str], ticket: Ticket, counts: dict[str, 
             print(f"corrected: {url(path)}: its bytes are not those that were stored", file=sys.stderr)
         else:
             continue
-        changed.append(KeyRow(path, size, checksum, changed_s))
+        changed.append(KeyRow(path, size, checksum, changed_s, UNKNOWN_JOB))
     keys.restore(changed)
 
 

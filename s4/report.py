@@ -1,6 +1,6 @@
 """What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
 
-from s4.keys import REMOVE_FIRST
+from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST
 from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
 from s4.summary import JobSummary, Part, Task
 from s4.text import duration, size, with_said
@@ -56,6 +56,8 @@ def ending(summary: JobSummary) -> str:
     if summary.state not in (FAILED, INTERRUPTED) or summary.kind == EVAL:
         return line
     errors = [task.error or "" for task in summary.failures]
+    if errors and all(DIFFERENT_NAMES in error for error in errors):
+        return line  # a retry would end in the same way
     if errors and all(REMOVE_FIRST in error for error in errors):
         return f"{line}; with --skip-existing what exists is left out"
     return f"{line}; to do the rest: s4 retry {summary.job}"

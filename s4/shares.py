@@ -28,7 +28,7 @@ from s4.errors import (
 from s4.index import Counts, JobRow, Maker, NewTask, ShareRow, TaskChange, Transaction
 from s4.index.jobs import STEP, STOPPED
 from s4.inputs import Inputs
-from s4.keys import name_of, owner, parse_key, prefix_of, url
+from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST, name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.services import Services, exit_text, signal_of, variables_of, work_name
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
@@ -508,6 +508,8 @@ class Share:
             attempt.unsettled -= 1
         if attempt.failure is not None:  # another of its outputs has failed before
             return
+        if self.job.kind == MAP_TO_N and self.job.skip_existing:  # what it made itself is removed or skipped
+            problem = problem.replace(REMOVE_FIRST, f"it was not made from this input: {DIFFERENT_NAMES}")
         change = self._change(attempt, FAILED)._replace(error=problem)
         if attempt.ran is None and attempt.ticket is not None:  # it was killed
             change = change._replace(stderr=attempt.ticket.stderr)

@@ -521,7 +521,8 @@ def test_a_job_does_not_overlap_with_its_twin(
     )
     quiet = cluster.s4(*twin, "--quiet")
     assert (quiet.out, quiet.err) == (b"", "")
-    assert _json(cluster, *twin)["state"] == "overlap"
+    overlap = _json(cluster, *twin)
+    assert (overlap["state"], overlap["job"]) == ("overlap", running)
     assert cluster.s4(*twin, "--detach").out == b""
     assert [job["job"] for job in _jobs_into(cluster, f"{bucket}/slow/")] == [running]
     # Others are no twins.
@@ -530,6 +531,23 @@ def test_a_job_does_not_overlap_with_its_twin(
     cluster.s4("map", f"{bucket}/in/00[01]", f"{bucket}/slow/", "cat", "--no-overlap")
     cluster.s4("cancel", running)
     assert cluster.run(*twin, "--timeout", "0.1").code == 1  # it runs now
+
+
+def test_a_job_is_not_retried_beside_its_twin(cluster: Cluster, bucket: str, indir: str) -> None:
+    work = (
+        "map",
+        indir,
+        f"{bucket}/slow/",
+        f"until [ -e {cluster.work}/go-{bucket[5:]} ]; do sleep 0.1; done; cat",
+    )
+    assert cluster.run(*work, "--timeout", "0.1", "--quiet").code == 1
+    failed = _newest(cluster)
+    twin = cluster.s4(*work, "--detach").lines[0]
+    line = cluster.fails("retry", failed, says=f"job {twin}, which does the same, is still running", code=1)
+    assert f"s4 wait {twin}" in line
+    assert [job["run"] for job in _jobs_into(cluster, f"{bucket}/slow/") if job["job"] == failed] == [1]
+    (cluster.work / f"go-{bucket[5:]}").touch()
+    cluster.s4("wait", twin)
 
 
 def test_of_twins_submitted_at_the_same_moment_one_runs(cluster: Cluster, bucket: str, indir: str) -> None:
@@ -694,9 +712,10 @@ def test_a_job_that_is_done_has_nothing_to_retry(cluster: Cluster, bucket: str, 
     job = _newest(cluster)
     with cluster.nothing_changes():
         assert cluster.s4("retry", job).err == "nothing to do: every task of the job is done\n"
-        assert cluster.s4("retry", job, "--detach").out == b""
-        assert _json(cluster, "retry", job)["state"] == "done"
-        assert _json(cluster, "retry", job, "--detach")["state"] == "done"
+        assert cluster.s4("retry", job, "--detach").lines == [job]
+        summary = _json(cluster, "retry", job[:-1])
+        assert [summary[name] for name in ("job", "state", "done")] == [job, "done", 6]
+        assert _json(cluster, "retry", job, "--detach") == {"job": job}
     assert _share(cluster.nodes[0], job)["run"] == 1
 
 
@@ -886,3 +905,7 @@ def test_inputs_of_the_same_name_are_named_as_the_reason(cluster: Cluster, bucke
     shuffle = ("map-to-n", f"{bucket}/in/", f"{bucket}/out/", "for i in 000 001 002; do echo > $i; done; ls")
     line = cluster.fails(*shuffle, "--keep-going", code=1)
     assert "it is of another input of this job: inputs of a map-to-n need different NAMEs" in line
+    assert "s4 retry" not in line and "--skip-existing" not in line  # which would not help
+    line = cluster.fails(*shuffle, "--keep-going", "--skip-existing", code=1)
+    assert "it was not made from this input: inputs of a map-to-n need different NAMEs" in line
+    assert "s4 retry" not in line and "--skip-existing" not in line

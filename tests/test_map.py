@@ -116,6 +116,11 @@ def test_a_glob_that_matches_nothing_is_exit_1(
             cluster.fails(job, f"{bucket}/{pattern}", f"{bucket}/out/", "true", code=1)
 
 
+def test_a_glob_with_a_class_is_refused(cluster: Cluster, bucket: str, indir: str) -> None:
+    for glob in ("[[:digit:]]*", "[x[:digit:]]*"):
+        cluster.fails("map", indir + glob, f"{bucket}/out/", "cat", says="write [0-9]", code=1)
+
+
 @pytest.mark.parametrize("indir", ["s4://*/in/*", "s4://b[12]/x", "s4://?", "s4://*"])
 def test_the_bucket_of_a_glob_is_whole(cluster: Cluster, indir: str) -> None:
     for job in JOBS:

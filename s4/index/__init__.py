@@ -2,10 +2,11 @@
 
 from s4.index.database import Database, Transaction
 from s4.index.jobs import Counts, JobIndex, JobRow, NewTask, ShareRow, TaskChange
-from s4.index.keys import KeyIndex, KeyRow, Maker, NewKey
+from s4.index.keys import UNKNOWN_JOB, KeyIndex, KeyRow, Maker, NewKey
 from s4.index.underway import Underway
 
 __all__ = [
+    "UNKNOWN_JOB",
     "Counts",
     "Database",
     "JobIndex",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from s4.errors import BusyError, ConflictError, FullDiskError, MissingError, S4Error
 from s4.index.database import Database, Transaction
-from s4.keys import REMOVE_FIRST, range_end, url
+from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST, range_end, url
 
 CHUNK = 2000  # rows of a listing a transaction
 REMOVE_CHUNK = 200  # keys removed a transaction; bounds how long other writers wait
@@ -32,6 +32,7 @@ _KEYS_IN_THEM = """
     SELECT value, (SELECT path FROM keys WHERE path >= value || '/' AND path < value || '0' LIMIT 1) AS inside
     FROM json_each(?) WHERE inside IS NOT NULL
 """
+UNKNOWN_JOB = ""  # the job of keys that a reindex found: whether one made them, and which, is not known
 _LAST = b""  # above every path: to SQLite any blob is larger than any text
 
 log = logging.getLogger("s4.index")
@@ -39,7 +40,7 @@ log = logging.getLogger("s4.index")
 
 class KeyRow(NamedTuple):
     """A key in the index: `size` in bytes, `checksum` xxh64 in hex, `created_s` seconds since 1970; the job
-    and the number of the task that made it, None for a put."""
+    and the number of the task that made it, None for a put; see UNKNOWN_JOB."""
 
     path: str
     size: int
@@ -360,7 +361,7 @@ class _Standing:
             if not (same_task and replaces):
                 advice = REMOVE_FIRST
                 if same_job and not same_task:
-                    advice = "it is of another input of this job: inputs of a map-to-n need different NAMEs"
+                    advice = f"it is of another input of this job: {DIFFERENT_NAMES}"
                 return ConflictError(f"key exists already: {url(path)}; {advice}")
         for folder in _folders_above(path):
             if folder in self._keys:

@@ -12,7 +12,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "size": "bytes",
         "checksum": "xxh64, lower-case hex without leading zeros",
         "created_s": _TIME,
-        "job": "id of the job that made it; null for a put",
+        "job": "id of the job that made it; null for a put, empty if a reindex has found it",
         "task": "number of the task that made it; null for a put",
     },
     "buckets": {
