@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from s4.asking import ANSWER_SECONDS, at_once
 from s4.config import Server, read_conf, timeout_setting
-from s4.errors import BadRequestError, NonsenseError, S4Error
+from s4.errors import BadRequestError, NodeError, NonsenseError, S4Error, reason_of
 from s4.http import EXITCODE_HEADER, STDERR_SIZE_HEADER, Caller
 from s4.keys import new_job_id, owner, parse_key, parse_prefix, url, with_scheme
 
@@ -113,7 +113,13 @@ class Client:
             with self.caller(server) as caller:
                 return caller.call("POST", "/delete", parameters)
 
-        at_once(remove, servers)
+        try:
+            at_once(remove, servers)
+        except NodeError as e:
+            if len(servers) == 1:
+                raise
+            rest = "what others hold may be removed; run it again when that server is back"
+            raise NodeError(e.server, f"{reason_of(e, e.server)}; {rest}") from e
 
     def eval(
         self, key: str, cmd: str, *, stdout: "BinaryIO | None" = None, stderr: "BinaryIO | None" = None

@@ -120,6 +120,10 @@ def test_nothing_that_matches_is_exit_1(cluster: Cluster, listed: str, prefix: s
     assert (result.code, result.out) == (1, b"")
 
 
+def test_another_scheme_is_named_as_the_reason(cluster: Cluster) -> None:
+    cluster.fails("ls", "s3://b/", says="bad key 's3://b/': a key begins with s4://", code=1)
+
+
 def test_the_bucket_part_of_a_prefix_is_always_whole(cluster: Cluster, listed: str) -> None:
     for flags in ([], ["-r"]):
         assert cluster.run("ls", *flags, "s4://bucke").code == 1

@@ -131,6 +131,21 @@ def test_a_shuffle_whose_target_dies_fails_and_names_it(start_cluster: Callable[
     eventually(lambda: cluster.nodes[0].rows("select state from jobs") == [("failed",)], 5)
 
 
+def test_a_recursive_removal_with_a_server_down_says_what_is_left_to_do(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2)
+    cluster.put_all({f"s4://b/{i:03}": b"x" for i in range(4)})
+    here, down = cluster.nodes
+    down.kill()
+    line = cluster.fails("rm", "-r", "s4://b/", says=str(down), code=1)
+    assert "what others hold may be removed; run it again when that server is back" in line
+    assert here.listing("s4://b/") == []
+    down.start()
+    cluster.s4("rm", "-r", "s4://b/")
+    assert cluster.keys("s4://b/") == []
+
+
 def test_a_server_that_hangs_does_not_hang_the_client(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(2)
     cluster.put_all({"s4://b/000": b"x", "s4://b/001": b"x"})
