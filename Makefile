@@ -7,9 +7,9 @@ SHELL := bash
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
-# Test processes at once, two a core, for many tests wait; further options of pytest or of the benchmarks:
-# make test JOBS=2 ARGS='-k placement', make bench ARGS='--quick keys tasks'
-JOBS ?= 4
+# Test processes at once, a few more than small machines have cores, for many tests wait; further options of pytest
+# or of the benchmarks: make test JOBS=2 ARGS='-k placement', make bench ARGS='--quick keys tasks'
+JOBS ?= 3
 ARGS ?=
 
 BIN   := .venv/bin
