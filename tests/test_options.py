@@ -30,6 +30,7 @@ from s4.summary import (
     Task,
     lost_part,
     merged,
+    newest,
     part_of,
     state_of,
     summarize,
@@ -403,3 +404,7 @@ def test_what_a_stopped_node_did_not_end_is_lost_and_not_cancelled_too() -> None
     stopped = replace(SHARE, state="interrupted", running=0, cancelled=4, finished_s=1001.0)
     job = _summary(stopped)
     assert (job.tasks, job.done, job.skipped, job.failed, job.lost, job.cancelled) == (10, 3, 2, 1, 4, 0)
+
+
+def test_a_job_is_in_the_newest_run_of_its_shares() -> None:
+    assert newest([replace(SHARE, run=2), None, replace(SHARE, run=3), replace(SHARE, run=1)]).run == 3
