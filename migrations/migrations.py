@@ -200,6 +200,7 @@ def m0006_half_made_and_running(db: Database) -> None:
             job       TEXT    NOT NULL,
             task      INTEGER NOT NULL,
             input     TEXT    NOT NULL,              -- path of the input key
+            outdir    TEXT    NOT NULL,              -- path of the folder of the outputs, with '/'
             PRIMARY KEY (job, task)
         ) WITHOUT ROWID;
 

@@ -142,8 +142,8 @@ def _arriving(dst: str) -> Iterator[tuple[int, bool]]:
             else:
                 if os.path.exists(place) and not os.access(place, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                if not os.path.islink(dst):  # where a link leads, nobody asked for folders
-                    made = _make_folders(os.path.dirname(place))
+                # Not those of `place`: where a link leads, nobody asked for folders.
+                made = _make_folders(os.path.dirname(os.path.join(".", dst)))
                 name = f".s4-{os.getpid()}-{threading.get_ident()}"
                 temporary = os.path.join(os.path.dirname(place), name)
                 target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from s4.config import Conf
 from s4.errors import ConflictError
 from s4.index import UNKNOWN_JOB, JobIndex, JobRow, KeyIndex, Maker
-from s4.keys import check_job_folders, group_name, matcher, name_of, prefix_of, url
+from s4.keys import START_AGAIN, check_job_folders, group_name, matcher, name_of, prefix_of, url
 from s4.outputs import Outputs
 from s4.states import DONE, MAP, MAP_FROM_N, MAP_TO_N, RUNNING
 
@@ -96,7 +96,7 @@ class Inputs:
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
         or of which nothing is known any more, unless they are older than it; what `besides` made does not
         count. Raises NodeError if a node does not answer, ConflictError if a reindex has found keys there
-        and nothing else is known: they may be a part of what was to be made.
+        and no task is known that made them well: they may be a part of what was to be made.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
@@ -105,10 +105,10 @@ class Inputs:
         if DONE in states or RUNNING in states:
             return True
         if any(found.maker.job == UNKNOWN_JOB for found in made):
-            there, all_there = url(self.target(path)), self._job.outdir
+            there = url(self.target(path))
             raise ConflictError(
-                f"since a reindex it is not known whether what is in {there} is whole: remove it"
-                f" (s4 rm -r {there}, or all of it: s4 rm -r {all_there}) and run this again"
+                f"since a reindex it is not known whether what is in {there} is whole:"
+                f" remove it (all such: s4 rm -r {self._job.outdir}) and {START_AGAIN}"
             )
         if states:
             return False

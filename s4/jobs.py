@@ -23,9 +23,11 @@ from s4.errors import (
     StoppingError,
 )
 from s4.http import Caller
-from s4.index import JobRow, ShareRow
+from s4.index import HalfMade, JobRow, ShareRow
 from s4.inputs import Inputs
+from s4.keys import parse_folder
 from s4.leanjson import read_answer
+from s4.outputs import Outputs
 from s4.services import Services
 from s4.shares import Share
 from s4.states import DONE, FAILED, MAP_TO_N, RUNNING
@@ -194,7 +196,14 @@ class Jobs:
             keys += found.keys
             size += found.size
             largest = max(largest, found.size)
-            existing += inputs.exists(found.path)
+            try:
+                existing += inputs.exists(found.path)
+            except (
+                ConflictError
+            ):  # there is something, but perhaps not all: only who would skip it needs to know
+                if job.skip_existing:
+                    raise
+                existing += 1
         disk = os.statvfs(services.storage.root)
         return {
             "tasks": tasks,
@@ -223,25 +232,31 @@ class Jobs:
         for job_id, run in index.old(keep_jobs, keep_seconds, alone=True) + old:
             if job_id in running:
                 continue
-            try:
-                half_made = self._half_made(index.share(job_id))
-            except S4Error as e:
-                log.info("job %s is not forgotten yet: %s", job_id, e)
-                continue
+            job = index.share(job_id)
+            outdir = None
+            half_made: list[HalfMade] = []
+            if job.job.kind == MAP_TO_N and job.state != DONE:
+                outdir = parse_folder(job.job.outdir)
+                try:
+                    half_made = self._half_made(job_id, outdir)
+                except S4Error as e:
+                    log.info("job %s is not forgotten yet: %s", job_id, e)
+                    continue
             with self._lock:  # no retry begins meanwhile
-                index.forget(job_id, run, half_made)
+                index.forget(job_id, run, outdir, half_made)
 
-    def _half_made(self, share: ShareRow) -> list[tuple[int, str]]:
-        """Number and input of the tasks of a shuffle that did not end well but made keys. Raises S4Error."""
-        if share.job.kind != MAP_TO_N or share.state == DONE:
-            return []
+    def _half_made(self, job_id: str, outdir: str) -> list[HalfMade]:
+        """What tasks of this node, of a shuffle that is to be forgotten or was before, made in `outdir`
+        without ending well. Raises NodeError."""
         services = self._services
-        inputs = Inputs(share.job, services.conf, services.position, services.keys, services.job_index)
-        made = [
-            (task, services.job_index.made_from(share.job.id, task))
-            for task in inputs.outputs.tasks_of(share.job.id)
-        ]
-        return [(task, known[0]) for task, known in made if known is not None and known[1] != DONE]
+        index = services.job_index
+        made = Outputs(services.conf, services.position, services.keys, outdir).own_makers()
+        found = [row for row in index.half_made(outdir) if (row.job, row.task) in made]
+        for task in sorted(task for job, task in made if job == job_id):
+            known = index.made_from(job_id, task)
+            if known is not None and known[1] != DONE:
+                found.append(HalfMade(job_id, task, known[0], outdir))
+        return list(dict.fromkeys(found))
 
     def _running_elsewhere(self) -> set[str]:
         """The ids of the jobs that run on other nodes. Raises S4Error if one does not tell."""

@@ -38,6 +38,7 @@ def with_scheme(text: str) -> str:
 # What is said of a key that exists already; of one that another input of a map-to-n has made.
 REMOVE_FIRST = "keys are immutable, remove it first"
 DIFFERENT_NAMES = "inputs of a map-to-n need different NAMEs"
+START_AGAIN = "start the job again"  # and not: try again what failed
 
 
 def parse_key(text: str) -> str:
@@ -171,7 +172,7 @@ def parse_indir(text: str) -> tuple[str, str]:
         return parse_folder(text), ""
     if not _has_wildcard(text):
         raise BadRequestError(f"{text}: INDIR must end in '/' or hold a glob of '*', '?' or '[…]'")
-    if "[[:" in text or ":]]" in text:
+    if "[:" in text and _has_class(text):
         raise BadRequestError(f"{text}: classes such as [[:digit:]] are not known here, write [0-9]")
     segments = parse_key(text).split("/")
     first = next(i for i, segment in enumerate(segments) if _has_wildcard(segment))
@@ -182,6 +183,12 @@ def parse_indir(text: str) -> tuple[str, str]:
 
 def _has_wildcard(text: str) -> bool:
     return any(wildcard in text for wildcard in "*?[")
+
+
+def _has_class(text: str) -> bool:
+    import re
+
+    return re.search(r"\[[^/\]]*\[:[a-z]+:\]", text) is not None
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

@@ -49,11 +49,11 @@ class Outputs:
                 known[maker] = max(created_s, known.get(maker, created_s))
         return found
 
-    def tasks_of(self, job: str) -> list[int]:
-        """The numbers of the tasks of a job, those of this node, that made keys there. Raises NodeError."""
-        found = {maker for makers in self.makers().values() for maker in makers if maker.job == job}
-        tasks = {maker.task for maker in found if maker.task is not None}
-        return sorted(task for task in tasks if task % len(self._conf.servers) == self._position)
+    def own_makers(self) -> set[tuple[str, int]]:
+        """The tasks of this node that made keys there: job and number. Raises NodeError."""
+        makers = {maker[1:] for makers in self.makers().values() for maker in makers}
+        tasks = {(job, task) for job, task in makers if job is not None and task is not None}
+        return {(job, task) for job, task in tasks if task % len(self._conf.servers) == self._position}
 
     def _makers_on(self, position: int) -> dict[Maker, int]:
         if position == self._position:

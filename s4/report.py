@@ -1,6 +1,6 @@
 """What is said of a job, each thing in one line: how it begins, how far it is, what failed, how it ended."""
 
-from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST
+from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST, START_AGAIN
 from s4.states import EVAL, FAILED, INTERRUPTED, LOST, MISSING
 from s4.summary import JobSummary, Part, Task
 from s4.text import duration, size, with_said
@@ -54,6 +54,8 @@ def ending(summary: JobSummary) -> str:
     if summary.is_empty:
         return f"{line}; {NOTHING}"
     if summary.state not in (FAILED, INTERRUPTED) or summary.kind == EVAL:
+        return line
+    if any(START_AGAIN in (part.error or "") for part in summary.nodes):
         return line
     errors = [task.error or "" for task in summary.failures]
     if errors and all(DIFFERENT_NAMES in error for error in errors):

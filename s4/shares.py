@@ -28,7 +28,7 @@ from s4.errors import (
 from s4.index import Counts, JobRow, Maker, NewTask, ShareRow, TaskChange, Transaction
 from s4.index.jobs import STEP, STOPPED
 from s4.inputs import Inputs
-from s4.keys import DIFFERENT_NAMES, REMOVE_FIRST, name_of, owner, parse_key, prefix_of, url
+from s4.keys import REMOVE_FIRST, START_AGAIN, name_of, owner, parse_key, prefix_of, url
 from s4.outbox import GATHER_SECONDS, Outbox, Sending
 from s4.services import Services, exit_text, signal_of, variables_of, work_name
 from s4.states import CANCELLED, DONE, FAILED, INTERRUPTED, MAP_FROM_N, MAP_TO_N, RUNNING, SKIPPED, WAITING
@@ -186,10 +186,10 @@ class Share:
         """
         if self.job.kind != MAP_TO_N or self.job.run == 1:
             return
-        if self._inputs.outputs.tasks_of(self.job.id):
+        if any(job == self.job.id for job, _task in self._inputs.outputs.own_makers()):
             raise ConflictError(
                 f"the record of job {self.job.id} is lost here, but outputs of it are there, and whether they"
-                f" are all is not known: remove {self.job.outdir} and start the job again"
+                f" are all is not known: remove {self.job.outdir} and {START_AGAIN}"
             )
 
     def _list(self) -> None:
@@ -509,7 +509,8 @@ class Share:
         if attempt.failure is not None:  # another of its outputs has failed before
             return
         if self.job.kind == MAP_TO_N and self.job.skip_existing:  # what it made itself is removed or skipped
-            problem = problem.replace(REMOVE_FIRST, f"it was not made from this input: {DIFFERENT_NAMES}")
+            advice = "remove it first, or, if another input made it, give inputs different NAMEs"
+            problem = problem.replace(REMOVE_FIRST, f"it was not made from this input: {advice}")
         change = self._change(attempt, FAILED)._replace(error=problem)
         if attempt.ran is None and attempt.ticket is not None:  # it was killed
             change = change._replace(stderr=attempt.ticket.stderr)

@@ -198,18 +198,18 @@ class Storage:
         """Remove what has no files among the folders of keys that start with `prefix`, and the folder that
         they are in and those above it if they are empty then."""
         folder, _slash, start = prefix.rpartition("/")
-        # What cannot be looked into stays: closed folders, and thousands in each other.
-        with contextlib.suppress(OSError, RecursionError), self._folder(folder) as top:
+        with contextlib.suppress(OSError), self._folder(folder) as top:
             with os.scandir(top) as entries:
                 meant = [
                     e.name for e in entries if e.name.startswith(start) and e.is_dir(follow_symlinks=False)
                 ]
             for name in meant:
-                for _path, names, _files, fd in os.fwalk(name, topdown=False, dir_fd=top):
-                    for below in names:
-                        with contextlib.suppress(OSError):  # not empty, or a link
-                            os.rmdir(below, dir_fd=fd)
-                with contextlib.suppress(OSError):
+                # What cannot be looked into stays: closed folders, and thousands in each other.
+                with contextlib.suppress(OSError, RecursionError):
+                    for _path, names, _files, fd in os.fwalk(name, topdown=False, dir_fd=top):
+                        for below in names:
+                            with contextlib.suppress(OSError):  # not empty, or a link
+                                os.rmdir(below, dir_fd=fd)
                     os.rmdir(name, dir_fd=top)
         self._remove_if_empty(folder)
 

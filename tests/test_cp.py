@@ -149,7 +149,11 @@ def test_where_a_symbolic_link_leads_to_no_folders_are_made(
     cluster.put(f"{bucket}/000", b"new")
     (folder / "link").symlink_to("nowhere/file")
     cluster.fails("cp", f"{bucket}/000", "link", says="No such file or directory", code=1, cwd=folder)
-    assert [path.name for path in folder.iterdir()] == ["link"]
+    (folder / "way").symlink_to("nowhere")
+    for words in (["way/new"], ["way/"], ["way/below/new"]):
+        cluster.fails("cp", f"{bucket}/000", *words, says="No such file or directory", code=1, cwd=folder)
+    cluster.fails("cp", "-r", f"{bucket}/", "way/", says="No such file or directory", code=1, cwd=folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["link", "way"]
     (folder / "nowhere").mkdir()
     cluster.s4("cp", f"{bucket}/000", "link", cwd=folder)
     assert (folder / "nowhere" / "file").read_bytes() == b"new"

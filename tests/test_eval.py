@@ -122,6 +122,23 @@ def test_the_exit_code_of_a_command_is_that_of_eval(
     assert body.keys() == {"exitcode", "stdout", "stderr"} and body["exitcode"] == code
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("kill -9 $BASHPID", 137, ""),
+        ("kill -TERM 0; echo not reached", 143, ""),
+        ("trap 'echo caught' TERM; kill -TERM 0; echo on", 0, "caught\non\n"),
+        ("trap 'echo caught' USR1; kill -USR1 0; echo on", 0, "caught\non\n"),
+    ],
+)
+def test_signals_are_for_a_command_with_setsid_as_for_others(
+    cluster: Cluster, key: str, command: str, code: int, said: str
+) -> None:
+    for line in (command, f"setsid true; {command}"):
+        result = cluster.run("eval", key, line)
+        assert (result.code, result.out.decode(), result.err) == (code, said, ""), line
+
+
 def test_output_and_stderr_of_a_failure_arrive_too(cluster: Cluster, key: str) -> None:
     command = "cat; printf '\\0%%'; echo problem >&2; exit 7"
     result = cluster.run("eval", key, command)

@@ -1577,16 +1577,25 @@ def test_what_a_shuffle_left_half_made_is_known_when_its_record_is_pruned(start_
     cluster = start_cluster(2, ["--keep-jobs", "0", "--keep-days", "0"], start=False)
     here, _other = cluster.nodes
     for node in cluster.nodes:
-        node.start(first="import s4.server; s4.server.PRUNE_SECONDS = 0.5")
+        node.start(first="import s4.server; s4.server.PRUNE_SECONDS = 2.0")
     cluster.put_all({"s4://b/in/000": b"x", "s4://b/in/002": b"x", "s4://b/out/000/001": b"in the way"})
     shuffle = ("map-to-n", "s4://b/in/", "s4://b/out/", "cp /dev/stdin 000; cp 000 001; ls")
+
+    def pruned() -> bool:
+        return all(node.rows("select * from jobs") == [] for node in cluster.nodes)
+
     assert cluster.run(*shuffle, "--keep-going").code == 1
     assert cluster.keys("s4://b/out/000/") == ["s4://b/out/000/000", "s4://b/out/000/001"]
     cluster.s4("rm", "s4://b/out/000/001")
-    eventually(lambda: all(node.rows("select * from jobs") == [] for node in cluster.nodes), 20, "pruned")
-    assert here.rows("select task, input from half_made") == [(0, "b/in/000")]
+    eventually(pruned, 20, "pruned")
+    assert here.rows("select task, input, outdir from half_made") == [(0, "b/in/000", "b/out/")]
     assert "1/2 tasks done, 0 failed, 1 skipped" in cluster.s4(*shuffle, "--skip-existing").err
     assert len(cluster.keys("s4://b/out/")) == 4
+
+    cluster.s4("rm", "-r", "s4://b/out/000/")
+    cluster.fails("map-to-n", "s4://b/in/000*", "s4://b/out/", "echo x > 000; echo 000; echo none", code=1)
+    eventually(pruned, 20, "pruned")
+    assert here.rows("select * from half_made") == []  # of what is gone nothing need be known
 
 
 def test_a_get_whose_worker_dies_was_not_sent_whole(start_cluster: Start) -> None:
@@ -1621,8 +1630,13 @@ def test_a_retry_of_what_a_lost_index_knew_removes_nothing(start_cluster: Start)
     assert shown.code == 1 and f"the record of job {job} is lost here" in shown.err
     assert cluster.contents("s4://b/out/") == before
     # What a part of them made is here, and nothing says that it is not a part of what it should be.
-    line = cluster.fails(*shuffle, "--skip-existing", says="since a reindex it is not known", code=1)
-    assert "s4 rm -r s4://b/out/)" in line and cluster.contents("s4://b/out/") == before
+    failed = cluster.run(*shuffle, "--skip-existing")
+    assert failed.code == 1 and "since a reindex it is not known" in failed.err
+    assert "(all such: s4 rm -r s4://b/out/) and start the job again" in failed.err
+    assert "s4 retry" not in failed.err + shown.err  # which would not look again at what was skipped
+    assert cluster.contents("s4://b/out/") == before
+    assert "4" in cluster.s4(*shuffle, "--plan").out.decode().splitlines()[-3].split()
+    cluster.fails(*shuffle, "--plan", "--skip-existing", says="since a reindex it is not known", code=1)
     cluster.s4("rm", "-r", "s4://b/out/")
     cluster.s4(*shuffle, "--skip-existing")
     assert cluster.contents("s4://b/out/") == before

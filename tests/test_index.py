@@ -356,7 +356,7 @@ def test_while_housekeeping_is_at_what_is_left_of_removed_keys_none_is_made_in_i
     assert done[:2] == ["b/folder/key", "placed"]
     assert _reader(database).execute("select count(*) from removals").fetchone() == (0,)
     index.finish_removals()
-    assert "b/folder" not in done
+    assert "b/folder" not in done and index._unfinished == {}
 
 
 def test_what_was_placed_is_removed_if_it_cannot_be_committed(database: Database) -> None:

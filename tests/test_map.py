@@ -119,6 +119,8 @@ def test_a_glob_that_matches_nothing_is_exit_1(
 def test_a_glob_with_a_class_is_refused(cluster: Cluster, bucket: str, indir: str) -> None:
     for glob in ("[[:digit:]]*", "[x[:digit:]]*"):
         cluster.fails("map", indir + glob, f"{bucket}/out/", "cat", says="write [0-9]", code=1)
+    for glob in ("x:]]/*", "[[:x]*"):  # which are none
+        cluster.fails("map", indir + glob, f"{bucket}/out/", "cat", says="nothing to map", code=1)
 
 
 @pytest.mark.parametrize("indir", ["s4://*/in/*", "s4://b[12]/x", "s4://?", "s4://*"])

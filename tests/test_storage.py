@@ -2,12 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from cluster import UNPRIVILEGED
 
 from s4 import storage as storage_module
 from s4.errors import ConflictError, MissingError
@@ -202,3 +205,13 @@ def test_folders_in_each_other_are_removed_however_long_their_path_is(folder: Pa
     os.close(fd)
     storage_module.remove_tree(str(folder / "top"))
     assert list(folder.iterdir()) == []
+
+
+def test_a_closed_folder_keeps_no_other_from_being_removed(folder: Path) -> None:
+    for name in ("closed", *"abcdef"):
+        (folder / "b" / "x" / name / "below").mkdir(parents=True)
+    (folder / "b" / "x" / "closed").chmod(0)
+    program = "import sys; from s4.storage import Storage; Storage(sys.argv[1]).remove_empty_folders('b/x/')"
+    subprocess.run([*UNPRIVILEGED, sys.executable, "-c", program, str(folder)], check=True)
+    assert [path.name for path in (folder / "b" / "x").iterdir()] == ["closed"]
+    (folder / "b" / "x" / "closed").chmod(0o755)

@@ -88,6 +88,16 @@ class NewTask(NamedTuple):
     state: str = WAITING
 
 
+class HalfMade(NamedTuple):
+    """A task of a map-to-n that made keys but did not end well, and paths: of its input, and of its outputs'
+    folder, with '/'."""
+
+    job: str
+    task: int
+    input: str
+    outdir: str
+
+
 class TaskChange(NamedTuple):
     """What became of a task. Times in seconds, sizes in bytes, None where it is not known.
 
@@ -335,15 +345,23 @@ class JobIndex:
                 (alone, time.time() - keep_seconds, alone, keep_jobs),
             ).fetchall()
 
-    def forget(self, job_id: str, run: int, half_made: Sequence[tuple[int, str]] = ()) -> None:
-        """Remove the record of a job, unless it has run again since; all but the numbers and inputs of tasks
-        that did not end well but made keys."""
+    def half_made(self, outdir: str) -> list[HalfMade]:
+        """What is still known of forgotten jobs: tasks that made keys in `outdir` but did not end well."""
+        with self._db.read() as db:
+            rows = db.execute("SELECT job, task, input, outdir FROM half_made WHERE outdir = ?", (outdir,))
+            return list(map(HalfMade._make, rows))
+
+    def forget(
+        self, job_id: str, run: int, outdir: str | None = None, half_made: Sequence[HalfMade] = ()
+    ) -> None:
+        """Remove the record of a job, unless it has run again since. `half_made` is what of that, and of
+        jobs that were forgotten before, is to stay known of `outdir`."""
         share = self.share(job_id)
         if share.job.run != run or share.state == RUNNING:
             return
         with self._db.write() as db:
-            rows = [(job_id, *task) for task in half_made]
-            db.executemany("INSERT OR IGNORE INTO half_made VALUES (?, ?, ?)", rows)
+            db.execute("DELETE FROM half_made WHERE job = ? OR outdir = ?", (job_id, outdir))
+            db.executemany("INSERT INTO half_made VALUES (?, ?, ?, ?)", half_made)
         self._in_steps("DELETE FROM stderrs WHERE job = ? AND task > ?", job_id)
         self._in_steps("DELETE FROM tasks WHERE job = ? AND task > ?", job_id)
         with self._db.write() as db:

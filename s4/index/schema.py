@@ -81,6 +81,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "job": "id of a map-to-n whose record is pruned",
         "task": "number of a task that did not end well, but made keys",
         "input": "path of its input key",
+        "outdir": "path of the folder of its outputs",
     },
     "stderrs": {"job": _JOB, "task": _TASK, "stderr": "last 64 KB of the command's stderr"},
 }

@@ -27,7 +27,8 @@ from s4.workers import processes
 # Where the fields of a command cannot be read, those of the one before must not be there any more.
 # SECONDS would count from the start of this bash.
 # The leader of a process group cannot begin a session: setsid(1) would go on as another process, for which
-# nobody waits, and say that all is well. So its line gets one more subshell, which leads nothing.
+# nobody waits, and say that all is well. So its line gets one more subshell, which leads nothing. The one
+# above it outlives signals to all of the group, which are for the command, and says nothing of its own.
 # A command may be stopped, as by SIGSTOP, and go on; bash looks for that only while `set -m` holds. If it was
 # stopped so soon, `wait` does not wait: `read`, for which nothing comes, is a pause, the last `wait` tells
 # how it ended. (`wait -f` may spin for ever; seen with bash 5.2.)
@@ -45,7 +46,15 @@ while read -r; do
         set --;
         set +m;
         if [[ $s4_command == *setsid* ]]; then
-            ( SECONDS=0; set -euo pipefail; eval -- "$s4_command" );
+            trap : HUP INT QUIT TERM USR1 USR2 ALRM;
+            exec {s4_fd}>&2 2>/dev/null;
+            (
+                exec 2>&$s4_fd {s4_fd}>&-;
+                unset s4_fd;
+                SECONDS=0;
+                set -euo pipefail;
+                eval -- "$s4_command"
+            );
             exit;
         fi;
         if [[ $s4_command =~ ^[A-Za-z0-9_./\ -]+$ && ! $s4_command =~ ^\ *(time|coproc)(\ |$) ]]; then
