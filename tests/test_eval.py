@@ -15,6 +15,8 @@ import pytest
 from cluster import Answer, Cluster
 from procs import eventually, running
 
+from s4.api import MAX_JSON_OUTPUT
+
 OUTPUTS = {
     "empty": b"",
     "no final newline": b"a\nb",
@@ -145,6 +147,13 @@ def test_output_and_stderr_of_a_failure_arrive_too(cluster: Cluster, key: str) -
     assert (result.code, result.out, result.err) == (7, b"one\ntwo\n\0%", "problem\n")
     body = cluster.owner(key).post("/eval", key=key, body=command.encode()).json()
     assert body == {"exitcode": 7, "stdout": "one\ntwo\n\0%", "stderr": "problem\n"}
+
+
+def test_of_the_long_output_of_a_failure_json_has_the_end(cluster: Cluster, key: str) -> None:
+    command = b"seq 300000; seq 400000 >&2; exit 7"
+    body = cluster.owner(key).post("/eval", key=key, body=command).json()
+    assert [len(body[name]) for name in ("stdout", "stderr")] == [MAX_JSON_OUTPUT] * 2
+    assert body["stdout"].endswith("\n299999\n300000\n") and body["stderr"].endswith("\n400000\n")
 
 
 def test_a_command_over_its_time_limit_names_its_key(cluster: Cluster, key: str) -> None:
@@ -341,12 +350,13 @@ def test_a_closed_pipe_ends_it_quietly(cluster: Cluster, bucket: str) -> None:
     cluster.put(f"{bucket}/000", bytes(10 << 20))
     for command in (f"s4 eval {bucket}/000 cat", f"s4 cp {bucket}/000 -"):
         done = subprocess.run(
-            ["bash", "-c", f"{command} | head -c 3 | wc -c"],
+            ["bash", "-c", f"{command} | head -c 3 | wc -c; exit ${{PIPESTATUS[0]}}"],
             env=cluster.env,
             capture_output=True,
             timeout=30,
-            check=True,
+            check=False,
         )
+        assert done.returncode == 128 + signal.SIGPIPE
         assert (done.stdout.strip(), done.stderr) == (b"3", b"")
 
 

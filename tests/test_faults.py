@@ -30,7 +30,9 @@ from procs import eventually
 from reference import checksum_of
 
 from s4.config import read_conf
-from s4.node import WAITING_JOBS, WAITING_REMOVALS
+from s4.errors import BusyError, MissingError
+from s4.node import WAITING_JOBS, WAITING_QUERIES, WAITING_REMOVALS
+from s4.waiting import Gate
 from s4.workers.pool import SPARE_WORKERS
 
 CLEANED_UP = 13  # seconds: what nobody confirms is dropped 10 s after its last byte
@@ -362,6 +364,20 @@ def test_confirmed_keys_survive_the_death_of_the_node_in_the_middle_of_puts(star
     assert len(cluster.keys("s4://b")) - len(confirmed) <= 4  # stored, but the answer was lost
 
 
+def test_a_key_of_which_another_put_was_under_way_survives_the_death_of_the_node(
+    start_cluster: Start,
+) -> None:
+    _cluster, node = _alone(start_cluster)
+    puts = [node.prepare_put("s4://b/000") for _ in range(2)]
+    for (_uuid, port), data in zip(puts, (b"first", b"second"), strict=True):
+        node.send(port, data)
+    assert node.confirm_put(puts[0][0], b"first").status == 200
+    assert node.rows("select count(*) from transfers") == [(1,)]
+    with _killed_and_restarted(node):
+        pass
+    assert node.fetch("s4://b/000") == b"first"
+
+
 def test_the_death_of_the_node_in_the_middle_of_a_recursive_copy(start_cluster: Start) -> None:
     cluster, node = _alone(start_cluster)
     files = {f"{i % 9}/{i:04}": os.urandom(5000) for i in range(4000)}
@@ -561,6 +577,20 @@ def test_removals_beyond_those_that_may_wait_are_told_to_come_back(start_cluster
     assert node.listing("s4://b") == []
 
 
+def test_queries_beyond_those_that_may_wait_are_told_to_come_back(start_cluster: Start) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start(first="import s4.index.query; s4.index.query.QUERY_SECONDS = 1000.0")
+    endless = b"with recursive n(x) as (select 1 union all select x + 1 from n) select sum(x) from n"
+    with contextlib.ExitStack() as stack:
+        asked = [
+            stack.enter_context(_request(node, "POST", "/sql", endless)) for _ in range(WAITING_QUERIES + 3)
+        ]
+        eventually(lambda: len(_answered(asked)) == 3, 10, "those beyond the limit are refused")
+        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in _answered(asked))
+        assert node.get("/health", timeout=10).status == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_that_dies_in_a_put_or_a_get_leaves_nothing(start_cluster: Start, number: int) -> None:
     cluster, node = _alone(start_cluster)
@@ -636,6 +666,15 @@ SLOW_RECORDS = """if True:
         at_once(*arguments)
     Evals._record_end = slowly
 """
+
+
+def test_a_stop_removes_what_nobody_has_confirmed(start_cluster: Start) -> None:
+    _cluster, node = _alone(start_cluster)
+    _uuid, port = node.prepare_put("s4://b/000")
+    node.send(port, b"x")
+    eventually(lambda: list(node.data.glob("_tempfiles/*")), 10, "it has arrived")
+    assert node.terminate() == 0
+    assert node.temporary() == []
 
 
 def test_a_stop_waits_for_the_record_of_an_eval_that_it_ended(start_cluster: Start) -> None:
@@ -1491,7 +1530,10 @@ def test_jobs_that_are_waited_for_leave_threads_for_others(start_cluster: Start)
         eventually(lambda: len(_answered(asked)) == 3 and len(running()) == WAITING_JOBS, 10)
         assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in _answered(asked))
         assert node.get("/health", timeout=5).status == 200
-        for job in running():
+        assert node.post_json("/plan", body | {"kind": "map"}).status == 429
+        jobs = running()
+        assert node.get("/job", job=jobs[0], wait="20").json()["state"] == "running"  # without a place
+        for job in jobs:
             assert node.post("/cancel", job=job).status == 200
 
 
@@ -1565,6 +1607,7 @@ def test_what_is_older_than_an_input_was_not_made_from_it(start_cluster: Start) 
     shuffle("echo > one; ls")
     with _index_of(node) as index:  # much later, when its records are pruned
         index.execute("update keys set created_s = created_s - 1000")
+        index.execute("update _sqlite_migrations set applied_at = '2020-01-01 00:00:00'")
         index.execute("delete from tasks")
         index.execute("delete from jobs")
     cluster.put("s4://b/in/two/000")
@@ -1752,3 +1795,29 @@ def test_ctrl_c_ends_a_recursive_copy_from_a_silent_node_at_once(start_cluster: 
         assert copy.wait(20) == 130
     finally:
         os.kill(node.pid, signal.SIGCONT)
+
+
+def test_a_request_that_fails_while_it_waits_gives_its_place_back() -> None:
+    gate = Gate(1)
+    for _ in range(2):
+        with pytest.raises(MissingError), gate.waiting():
+            raise MissingError("it is gone")
+    with gate.waiting(), pytest.raises(BusyError), gate.waiting():
+        pass
+
+
+@pytest.mark.parametrize("line", [b"1" * 100_000, b"1;" + b"a" * 100_000, b"0\r\n" + b"A: b\r\n" * 20_000])
+def test_a_line_without_end_in_a_chunked_body_ends_its_connection(cluster: Cluster, line: bytes) -> None:
+    node = cluster.nodes[0]
+    with node.dial(node.port) as connection:
+        connection.sendall(
+            b"POST /eval?key=s4://b/000 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(line)
+            assert connection.recv(1) == b""
+
+
+def test_an_unknown_transfer_is_told_in_one_line(cluster: Cluster) -> None:
+    answer = cluster.nodes[0].post("/confirm_put", uuid="a\r\nb\0", checksum="1")
+    assert answer.status == 404 and "\n" not in answer.text.rstrip("\n") and "\0" not in answer.text

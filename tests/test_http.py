@@ -19,8 +19,10 @@ from reference import checksum_of
 from s4.api import STATUSES
 from s4.config import read_conf
 from s4.errors import S4Error
-from s4.exchange import put_outputs
+from s4.exchange import MAX_BATCH_KEYS, put_outputs
 from s4.http import ERROR_OF_STATUS, Caller
+from s4.transfers import IDLE_LISTENERS
+from s4.webserver import MAX_REQUEST_BYTES
 
 
 @pytest.fixture
@@ -749,3 +751,49 @@ def test_a_batch_that_nobody_will_confirm_is_forgotten_once_it_is_sent(
     assert node.rows("select direction from transfers") == [("get",)]
     assert node.receive(prepared["port"]) == b"x"
     eventually(lambda: not node.rows("select * from transfers"), 8, "it is forgotten")
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_sent(node: Node) -> None:
+    head = "POST /eval?key=s4://b/000 HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+    with node.dial(node.port) as connection:
+        connection.sendall(head.format(MAX_REQUEST_BYTES + 1).encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_batch_has_so_many_keys_and_no_more(node: Node) -> None:
+    for count, status in ((MAX_BATCH_KEYS, 200), (MAX_BATCH_KEYS + 1, 400), (0, 400)):
+        assert node.post_json("/prepare_gets", ["s4://b/000-none/000"] * count).status == status
+
+
+def test_requests_leave_no_descriptor_open(start_cluster: Callable[..., Cluster]) -> None:
+    (node,) = start_cluster(1, ["-max-io-jobs", "2", "-max-cpu-jobs", "2"]).nodes
+    assert node.put("s4://b/in/000", b"data").status == 200
+
+    def ask(i: int) -> None:
+        assert node.put(f"s4://b/{i}", b"x").status == 200
+        uuid, port = node.prepare_put(f"s4://b/{i}-more")
+        node.send(port, b"x")
+        assert node.confirm_put(uuid, b"y").status == 400
+        assert node.fetch("s4://b/in/000") == b"data"
+        prepared = node.post("/prepare_gets", body=b'["s4://b/in/000", "s4://b/000-none"]').json()
+        assert node.receive(prepared["port"]) == b"data"
+        for raw in ("true", "false"):
+            for command, status in ((b"cat; echo e >&2", 200), (b"cat; exit 3", 400)):
+                assert node.post("/eval", key="s4://b/in/000", raw=raw, body=command).status == status
+        body = {"cmd": "cat", "indir": "s4://b/in/", "outdir": f"s4://b/out{i}/"}
+        assert node.post_json("/map_from_n", body).status == 200
+        failing = body | {"cmd": "exit 3", "outdir": f"s4://b/failed{i}/"}
+        assert node.post_json("/map", failing).status == 400
+
+    def opened() -> list[int]:
+        """How many descriptors the node has, and the worker that has the most."""
+        of_workers = [len(os.listdir(f"/proc/{worker.pid}/fd")) for worker in node.workers()]
+        return [len(os.listdir(f"/proc/{node.pid}/fd")), max(of_workers)]
+
+    for i in range(3):
+        ask(i)
+    # So many ports are kept for further transfers.
+    most = [count + IDLE_LISTENERS for count in opened()]
+    for i in range(3, 3 + 2 * IDLE_LISTENERS):
+        ask(i)
+    eventually(lambda: all(map(int.__le__, opened(), most)), 10, f"at most {most}")

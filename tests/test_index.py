@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from s4.index import (
 )
 from s4.index import jobs as index_jobs
 from s4.index import keys as index_keys
-from s4.index.database import RESERVE_BYTES
+from s4.index.database import IDLE_READERS, RESERVE_BYTES
 from s4.index.query import run_query
 from s4.index.schema import MEANINGS, schema
 
@@ -819,3 +819,15 @@ def test_the_room_of_the_reserve_is_not_taken_again_before_it_is_used(database: 
     assert found == [True, False]
     database.keep_reserve()
     assert reserve.stat().st_size == RESERVE_BYTES
+
+
+def test_few_connections_are_kept_for_further_reads(database: Database) -> None:
+    with ExitStack() as together:
+        for _ in range(3 * IDLE_READERS):
+            together.enter_context(database.read())
+    places = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    opened = [place for place in places if os.path.exists(place)]
+    assert (
+        len([place for place in opened if os.path.samefile(place, database.path + "-wal")])
+        <= IDLE_READERS + 1
+    )

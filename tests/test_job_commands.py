@@ -336,6 +336,12 @@ def test_skipping_what_exists_is_fine_with_nothing_to_do(cluster: Cluster, bucke
     assert "nothing to map" in cluster.s4("wait", begun).err
 
 
+def test_a_folder_in_the_place_of_an_output_is_no_output_that_exists(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/000": b"x", f"{bucket}/out/000/000": b"y"})
+    said = cluster.fails("map", f"{bucket}/in/", f"{bucket}/out/", "cat", "--skip-existing", code=1)
+    assert f"{bucket}/out/000" in said and "1 failed, 0 skipped" in said
+
+
 def test_an_input_whose_attempt_ended_badly_is_not_skipped(cluster: Cluster, bucket: str, indir: str) -> None:
     # One of the two outputs of 001 cannot be stored: the other may be there all the same.
     in_the_way = f"{bucket}/out/001/two"

@@ -245,6 +245,24 @@ def test_an_input_that_goes_while_its_command_waits_fails_that_task_alone(
     assert "no such key" in cluster.fails("eval", "s4://b/in/001", "cat", code=1)
 
 
+def test_tasks_that_are_tried_again_keep_no_others_from_running(one_slot: Cluster) -> None:
+    bucket = one_slot.fresh_bucket()
+    one_slot.put_all({f"{bucket}/in/{i:03}": b"x" for i in range(6)})
+    one_slot.s4(
+        "map", f"{bucket}/in/", f"{bucket}/out/", '[ "$S4_ATTEMPT" = 2 ]; cat', "--retries", "1", timeout=30
+    )
+    assert len(one_slot.keys(f"{bucket}/out/")) == 6
+
+
+def test_commands_that_wait_for_a_slot_do_not_count_as_running(one_slot: Cluster) -> None:
+    bucket = one_slot.fresh_bucket()
+    one_slot.put_all({f"{bucket}/in/{i:03}": b"x" for i in range(4)})
+    job = one_slot.s4("map", f"{bucket}/in/", f"{bucket}/out/", "sleep 7200.8", "--detach").lines[0]
+    eventually(lambda: procs.running("sleep\x007200.8\0"), 10, "the first runs")
+    assert one_slot.nodes[0].get("/job", job=job).json()["running"] == 1
+    one_slot.s4("cancel", job)
+
+
 def test_of_two_evals_with_one_id_one_runs(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, ["--max-cpu-jobs", "1"])
     cluster.put("s4://b/000", b"x")

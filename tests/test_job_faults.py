@@ -208,6 +208,30 @@ def test_the_end_of_an_eval_that_cannot_be_recorded_is_recorded_later(three: Clu
     eventually(lambda: node.rows("select state from jobs where kind = 'eval'") == [("done",)], 10)
 
 
+def test_what_a_start_on_a_full_disk_cannot_record_is_recorded_later(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    (node,) = start_cluster(1).nodes
+    assert node.put("s4://b/in/000", b"x").status == 200
+    body = {"cmd": "sleep 7200.7", "indir": "s4://b/in/", "outdir": "s4://b/out/", "detach": True}
+    assert node.post_json("/map", body).status == 200
+    node.kill()
+    node.start(
+        first="""if True:
+            from s4.errors import FullDiskError
+            from s4.index import JobIndex
+            interrupt, failures = JobIndex.interrupt, [1, 2]
+            def fails(index, job):
+                if failures:
+                    failures.pop()
+                    raise FullDiskError("no room")
+                return interrupt(index, job)
+            JobIndex.interrupt = fails
+        """
+    )
+    eventually(lambda: node.rows("select state from jobs") == [("interrupted",)], 10, "it is recorded")
+
+
 def test_an_end_that_cannot_be_recorded_is_recorded_later(three: Cluster) -> None:
     _put(three, "s4://b/in/", 30)
     hold = three.work / "hold"
@@ -558,6 +582,44 @@ def test_a_shuffle_keeps_going_without_a_node_also_if_it_may_try_again(three: Cl
     three.nodes[2].start()
     three.s4("retry", job, timeout=60)
     assert len(three.keys("s4://b/out/")) == 12 * 2 + 9 * 3
+
+
+def test_a_task_is_tried_again_although_most_of_its_outputs_never_left(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(2)
+    cluster.put("s4://b/in/000", b"x")
+    again, go = cluster.work / "again", cluster.work / "go"
+    command = f"""
+        [ "$S4_ATTEMPT" = 1 ] || touch {again}
+        while [ -e {again} ] && [ ! -e {go} ]; do sleep 0.01; done
+        seq 1 2 1999 | xargs touch; ls"""
+    with contextlib.closing(_index(cluster.nodes[1])) as db:
+        db.execute("create trigger full before insert on keys begin select raise(abort, 'no room'); end")
+        arguments = ("map-to-n", "s4://b/in/", "s4://b/out/", command, "--retries", "1")
+        client = cluster.start_s4(*arguments)
+        eventually(lambda: again.exists() or client.poll() is not None, 20)
+        db.execute("drop trigger full")
+    go.touch()
+    _out, err = client.communicate(timeout=60)
+    assert client.returncode == 0 and b"1/1 tasks done" in err, err
+    assert len(cluster.keys("s4://b/out/000/")) == 1000
+
+
+def test_a_task_of_which_one_output_was_refused_is_not_done_when_the_others_arrive(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(3)
+    cluster.put_all({"s4://b/in/000": b"x", "s4://b/out/000/001": b"somebody else"})
+    body = {"cmd": "touch 001 002; ls", "indir": "s4://b/in/", "outdir": "s4://b/out/", "job": "one"}
+    os.kill(cluster.nodes[2].pid, signal.SIGSTOP)
+    node = cluster.nodes[0]
+    assert node.post_json("/map_to_n", body | {"keep_going": True, "detach": True}).status == 200
+    eventually(lambda: _state(node, "one")["failed"] == 1, 10)
+    os.kill(cluster.nodes[2].pid, signal.SIGCONT)
+    share = eventually(lambda: (found := _state(node, "one"))["state"] != "running" and found, 20)
+    assert isinstance(share, dict) and (share["state"], share["done"], share["failed"]) == ("failed", 0, 1)
+    assert cluster.keys("s4://b/out/") == ["s4://b/out/000/001", "s4://b/out/000/002"]
 
 
 def test_a_retry_may_replace_only_keys_of_its_own_task(three: Cluster) -> None:

@@ -1,6 +1,9 @@
 """What the index of each node says of jobs and their tasks, and what commands are told of themselves."""
 
+import contextlib
 import json
+import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +100,16 @@ def test_a_command_finds_s4_although_the_server_has_it_not_on_its_path(
     assert not (Path("/usr/bin") / "s4").exists()
     cluster.s4("map", "s4://b/in/", "s4://b/out/", "s4 servers")
     assert cluster.get("s4://b/out/x").decode() == f"{cluster.nodes[0]}\n"
+
+
+def test_a_command_finds_the_conf_although_the_server_was_given_a_relative_path(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(1, start=False)
+    (node,) = cluster.nodes
+    node.start("-port", str(node.port), "-conf", os.path.relpath(cluster.conf, node.folder), bare=True)
+    cluster.put("s4://b/x")
+    assert cluster.s4("eval", "s4://b/x", "s4 servers").lines == [str(node)]
 
 
 def test_a_task_says_how_it_failed(cluster: Cluster, bucket: str) -> None:
@@ -232,6 +245,28 @@ def test_finished_jobs_are_pruned(start_cluster: Callable[..., Cluster]) -> None
     eventually(lambda: node.rows("select count(*) from jobs") == [(2,)], 20)
     assert node.rows("select outdir from jobs order by started_s") == [("s4://b/out2/",), ("s4://b/out3/",)]
     assert node.rows("select count(*) from tasks") == node.rows("select count(*) from stderrs") == [(2,)]
+
+
+def test_finished_jobs_are_kept_for_as_many_days_as_asked_for(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = start_cluster(1, ["--keep-jobs", "0", "--keep-days", "2"])
+    (node,) = cluster.nodes
+    cluster.put("s4://b/in/000")
+    days = {"s4://b/now/": 0.0, "s4://b/day/": 1.5, "s4://b/old/": 2.5}
+    for outdir in days:
+        cluster.s4("map", "s4://b/in/", outdir, "cat")
+    assert node.terminate() == 0
+    with contextlib.closing(sqlite3.connect(node.data / "_index" / "node.db")) as db, db:
+        for outdir, past in days.items():
+            seconds = past * 24 * 3600
+            db.execute(
+                "update jobs set started_s = started_s - ?, finished_s = finished_s - ? where outdir = ?",
+                (seconds, seconds, outdir),
+            )
+    node.start()
+    eventually(lambda: len(node.rows("select * from jobs")) < 3, 10, "the old one is forgotten")
+    assert node.rows("select outdir from jobs order by id") == [("s4://b/now/",), ("s4://b/day/",)]
 
 
 def test_a_running_task_is_seen(cluster: Cluster, bucket: str) -> None:

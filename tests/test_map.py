@@ -194,6 +194,12 @@ def test_folders_that_a_job_cannot_use_are_one_clear_line(
         cluster.fails(job, f"{bucket}/{source}", f"{bucket}/{target}", "true")
 
 
+def test_an_output_may_lie_deeper_than_a_glob_looks(cluster: Cluster, bucket: str) -> None:
+    cluster.put(f"{bucket}/in/000", b"x")
+    cluster.s4("map", f"{bucket}/in/*", f"{bucket}/in/deep/", "cat")
+    assert cluster.contents(f"{bucket}/in/deep/") == {"000": b"x"}
+
+
 def test_an_empty_indir_is_nothing_to_map(cluster: Cluster, bucket: str) -> None:
     for job in JOBS:
         assert "nothing" in cluster.fails(job, f"{bucket}/none/", f"{bucket}/out/", "cat", code=1)

@@ -78,6 +78,20 @@ def test_a_failure_names_the_group(cluster: Cluster, bucket: str) -> None:
         assert part in line
 
 
+def test_a_group_that_is_gone_at_the_retry_is_no_empty_one(cluster: Cluster, bucket: str) -> None:
+    cluster.put_all({f"{bucket}/in/{name}": b"x" for name in ("a/000", "b/000", "a/001", "b/001")})
+    may = cluster.work / f"may-{bucket[5:]}"
+    command = f"[ -e {may} ]; wc -l"
+    cluster.fails("map-from-n", f"{bucket}/in/", f"{bucket}/out/", command, "--keep-going", code=1)
+    for key in ("a/000", "b/000", "a/001"):
+        cluster.s4("rm", f"{bucket}/in/{key}")
+    may.touch()
+    job = cluster.nodes[0].get("/jobs", limit="1").json()[0]["id"]
+    said = cluster.fails("retry", job, code=1)
+    assert f"no such key: {bucket}/in/a/000" in said and "1/2 tasks done, 1 failed" in said
+    assert cluster.contents(f"{bucket}/out/") == {"001": b"1\n"}
+
+
 NAMES = st.builds(
     lambda number, rest: f"{number}{rest}",
     st.sampled_from(["", "0", "00", "1", "x", "1x"]),

@@ -8,6 +8,7 @@ import pytest
 
 from s4 import outputs
 from s4.config import Conf, Server
+from s4.errors import ConflictError
 from s4.index import Database, JobIndex, JobRow, KeyIndex, KeyRow, Maker, NewTask
 from s4.inputs import CLOCK_SECONDS, Input, Inputs
 from s4.outputs import REMOVED_AT_ONCE, Outputs
@@ -19,6 +20,8 @@ ALONE = Conf((Server("h", 1),), "a test")
 @pytest.fixture
 def database(folder: Path) -> Iterator[Database]:
     opened = Database(str(folder / "node.db"))
+    with opened.write() as db:  # it is older than all that happens in these tests
+        db.execute("UPDATE _sqlite_migrations SET applied_at = '1970-01-01 00:00:00'")
     yield opened
     opened.close()
 
@@ -45,6 +48,15 @@ def test_what_forgotten_jobs_made_of_an_input_is_not_much_older(
     keys.restore([_made(f"000/{i}", created_s, f"forgotten{i}") for i, created_s in enumerate(made_s)])
     inputs = Inputs(JOB, ALONE, 0, keys, JobIndex(database))
     assert inputs.exists("b/in/000") == exists
+
+
+def test_what_was_made_before_the_index_may_be_a_part(database: Database) -> None:
+    keys = KeyIndex(database, list[str]().extend)
+    keys.restore([KeyRow("b/in/000", 1, "0", 1000), _made("000/0", 1000, "lost")])
+    with database.write() as db:
+        db.execute("UPDATE _sqlite_migrations SET applied_at = '1970-01-01 00:16:41'")
+    with pytest.raises(ConflictError, match="since a reindex it is not known"):
+        Inputs(JOB, ALONE, 0, keys, JobIndex(database)).exists("b/in/000")
 
 
 def test_what_was_half_made_of_one_input_is_not_of_another_of_its_name(database: Database) -> None:

@@ -34,7 +34,7 @@ from s4.errors import (
     WorkerDiedError,
 )
 from s4.workers import Kind, Pool, Ticket, pool, processes
-from s4.workers.tasks import Command, Push, Ran, Receive, Received, Send, StoredFile
+from s4.workers.tasks import Command, Destination, Push, Ran, Receive, Received, Send, StoredFile
 
 COMPUTE_SLOTS = 2
 MB = 1024 * 1024
@@ -67,7 +67,7 @@ class Bench:
         stdin: str = "",
         *,
         last_try: bool = False,
-        collect: str = "eval",
+        collect: str | Destination = "eval",
     ) -> Ticket:
         self.made += 1
         stdin = stdin or str(self.folder / "empty")
@@ -213,20 +213,30 @@ def test_commands_that_wait_run_in_the_order_of_their_coming(bench: Bench) -> No
 def test_after_a_failure_that_ends_its_group_no_further_command_of_it_starts(bench: Bench) -> None:
     log = bench.folder / "log"
     bench.sleeping("600.22")
-    ways = [("exit 3", None), ("kill -9 $PPID; sleep 9", None), ("sleep 600.23", 0.2)]
-    for i, (line, limit) in enumerate(ways):
+    names = Destination("b/out/", 1, 0)
+    ways: list[tuple[str, float | None, dict[str, Any]]] = [
+        ("exit 3", None, {}),
+        ("kill -9 $PPID; sleep 9", None, {}),
+        ("sleep 600.23", 0.2, {}),
+        ("echo what-is-not-there", None, {"collect": names}),
+        ("is not run", None, {"stdin": str(bench.folder / "gone")}),
+    ]
+    for i, (line, limit, options) in enumerate(ways):
         group = f"job{i}"
-        failing = bench.command(f"echo failing{i} >>{log}; {line}", limit, group=group, last_try=True)
+        line = f"echo failing{i} >>{log}; {line}"
+        failing = bench.command(line, limit, group=group, last_try=True, **options)
         rest = [bench.command(f"echo rest{i} >>{log}", group=group) for _ in range(3)]
         other = bench.command(f"echo other{i} >>{log}")
         assert ran(other).exitcode == 0
         assert failing.done
+        assert not any(ticket.began_s for ticket in rest)
         for ticket in rest:
             bench.pool.cancel(ticket, CancelledError("a task before it failed"))
         again = bench.command(f"echo again{i} >>{log}", group=group)
         assert ran(again).exitcode == 0
     said = log.read_text().split()
-    assert said == [f"{what}{i}" for i in range(3) for what in ("failing", "other", "again")]
+    expected = [f"{what}{i}" for i in range(len(ways)) for what in ("failing", "other", "again")]
+    assert said == [what for what in expected if what != "failing4"]
 
 
 @in_a_process_alone
@@ -363,6 +373,58 @@ def test_a_cancelled_command_is_ended_and_a_waiting_one_never_starts(bench: Benc
 
 
 @in_a_process_alone
+def test_whatever_happens_wakes_the_pool(bench: Bench) -> None:
+    bench.pool.stop()
+    pool.IDLE_SECONDS = 1000.0  # it does not wake up by itself
+    bench.start(3)
+    eventually(lambda: len(bench.workers()) == pool.SPARE_WORKERS, 10)
+    for i in range(3):  # the last needs another worker
+        bench.sleeping(f"600.5{i}")
+    waiting = bench.command("true")
+    bench.pool.cancel(waiting, CancelledError("not needed"))
+    with pytest.raises(CancelledError, match="not needed"):
+        waiting.result(10)
+    bench.pool.stop()
+    bench.start(1)
+    eventually(lambda: len(bench.workers()) == pool.SPARE_WORKERS, 10)
+    with pytest.raises(TimeLimitError):
+        bench.command("sleep 600.55", 0.1).result(10)
+
+
+@in_a_process_alone
+def test_what_never_starts_leaves_no_descriptor_open(bench: Bench) -> None:
+    with socket.create_server((HOST, 0)) as listener:
+
+        def receive() -> Ticket:
+            task = Receive([str(bench.folder / "a")], [1], HOST)
+            return Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())])
+
+        def opened() -> int:
+            listening = os.fstat(listener.fileno())
+            fds = [int(fd) for fd in os.listdir("/proc/self/fd")]
+            return sum(
+                os.path.exists(f"/proc/self/fd/{fd}") and os.path.samestat(os.fstat(fd), listening)
+                for fd in fds
+            )
+
+        running = bench.pool.submit(receive())
+        assert running.wait_started(10)
+        cancelled = bench.pool.submit(receive())
+        assert opened() == 2
+        bench.pool.cancel(cancelled, CancelledError("not needed"))
+        with pytest.raises(CancelledError):
+            cancelled.result(10)
+        assert opened() == 1
+        stopped = bench.pool.submit(receive())
+        bench.pool.stop()
+        with pytest.raises(StoppingError):
+            stopped.result(10)
+        with pytest.raises(StoppingError):
+            bench.pool.submit(receive())
+        assert opened() == 1
+
+
+@in_a_process_alone
 def test_what_a_command_leaves_behind_is_ended(bench: Bench) -> None:
     assert bench.run("sleep 600.61 & setsid sleep 600.62 & (setsid sleep 600.63 &) ; true").exitcode == 0
     numbers = ("600.61", "600.62", "600.63")
@@ -437,13 +499,13 @@ def test_bytes_go_from_one_worker_to_another(bench: Bench) -> None:
 def test_a_transfer_that_breaks_off_leaves_no_file(bench: Bench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        task = Receive([str(bench.folder / "a")], [1000], "127.0.0.1")
+        task = Receive([str(bench.folder / "a"), str(bench.folder / "b")], [5, 1000], "127.0.0.1")
         received = bench.pool.submit(Ticket(Kind.RECEIVE, task, [os.dup(listener.fileno())]))
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"too little")
+        connection.sendall(b"whole" + b"too little")
     with pytest.raises(TransferError, match="10 of 1000"):
         received.result(10)
-    assert not (bench.folder / "a").exists()
+    assert not (bench.folder / "a").exists() and not (bench.folder / "b").exists()
 
 
 @in_a_process_alone
@@ -507,6 +569,7 @@ def test_outputs_for_a_server_gather_until_they_are_large_or_many(bench: Bench) 
         outcome += box.arrived(ticket, "here")
     assert sorted(sender for sender, _error in outcome) == list(range(1, 134)) and box.empty
     assert all(f"outputs for {HOST}" in str(error) for _sender, error in outcome)
+    assert list((bench.folder / "files").iterdir()) == []
 
 
 @in_a_process_alone

@@ -447,6 +447,30 @@ def test_reindex_rebuilds_an_index_that_is_gone(alone: Cluster) -> None:
     }
 
 
+def test_reindex_keeps_the_times_of_files(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    alone.put("s4://b/000", b"x")
+    node.terminate()
+    _write(node, "s4://b/001", b"y")
+    for name, seconds in (("000", 1_000_000_000), ("001", 1_100_000_000)):
+        os.utime(node.path_of(f"s4://b/{name}"), (seconds, seconds))
+    (node.data / "_index" / "node.db").unlink()
+    assert _reindex(node)[0] == 0
+    assert node.rows("select created_s from keys order by path") == [(1_000_000_000,), (1_100_000_000,)]
+
+
+def test_reindex_corrects_what_has_the_same_length(alone: Cluster) -> None:
+    (node,) = alone.nodes
+    node.start()
+    alone.put("s4://b/000", b"one")
+    node.terminate()
+    _write(node, "s4://b/000", b"two")
+    assert _reindex(node)[1] == "1 files, 0 added, 1 corrected, 0 dropped, 0 left alone\n"
+    node.start()
+    assert node.fetch("s4://b/000") == b"two"
+
+
 def test_reindex_adds_drops_and_corrects(alone: Cluster) -> None:
     (node,) = alone.nodes
     node.start()
