@@ -95,8 +95,8 @@ class Inputs:
 
         Of a shuffle: whether any node has keys that were made from it by a task that ended well or may yet,
         or of which nothing is known any more, unless they are older than it; what `besides` made does not
-        count. Raises NodeError if a node does not answer, ConflictError if a reindex has found keys there
-        and no task is known that made them well: they may be a part of what was to be made.
+        count. Raises NodeError if a node does not answer, ConflictError if what was known of a maker was lost
+        with an index, and no task made any of them well: they may be a part of what was to be made.
         """
         if self._job.kind != MAP_TO_N:
             return self._keys.exists(self.target(path))
@@ -104,7 +104,7 @@ class Inputs:
         states = [found.state for found in made if found.origin == path]
         if DONE in states or RUNNING in states:
             return True
-        if any(found.maker.job == UNKNOWN_JOB for found in made):
+        if any(map(self._is_lost, made)):
             there = url(self.target(path))
             raise ConflictError(
                 f"since a reindex it is not known whether what is in {there} is whole:"
@@ -115,6 +115,12 @@ class Inputs:
         unknown = [found.created_s for found in made if found.origin is None]
         [key] = self._keys.get_all([path])
         return bool(unknown) and (key is None or max(unknown) + CLOCK_SECONDS >= key.created_s)
+
+    def _is_lost(self, found: _Made) -> bool:
+        """Whether what is known of a maker was lost with an index, and not pruned."""
+        if found.maker.job is None or found.origin is not None:
+            return False
+        return found.maker.job == UNKNOWN_JOB or found.created_s < self._jobs.kept_since()
 
     def half_made(self, path: str) -> list[Maker]:
         """The tasks that made some of the outputs for an input of a shuffle, and did not end well. Raises

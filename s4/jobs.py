@@ -158,9 +158,9 @@ class Jobs:
             if share is None:
                 try:
                     ended = self._services.job_index.share(job_id)
-                except MissingError:
+                except MissingError as e:
                     self._cancelled[job_id] = (run or 1, time.monotonic())
-                    raise
+                    raise MissingError(f"{e}; it will not start here any more") from None
                 if run is not None and run > ended.job.run:  # a retry of which we do not know yet
                     self._cancelled[job_id] = (run, time.monotonic())
                 return False

@@ -31,6 +31,7 @@ from s4.exchange import MAX_BATCH_KEYS
 from s4.index import KeyIndex, KeyRow, NewKey, Transaction, Underway
 from s4.keys import url
 from s4.storage import Storage, remove_if_possible
+from s4.text import one_line
 from s4.waiting import SLOT_SECONDS, Gate, wait_for_slot
 from s4.workers import Kind, Pool, Ticket
 from s4.workers.tasks import Receive, Received, Send, StoredFile
@@ -441,7 +442,7 @@ class Transfers:
 
 def _checked(transfer: _Transfer | None, name: str, *, put: bool) -> _Transfer:
     if transfer is None or transfer.is_put != put:
-        raise MissingError(f"no such transfer: {name}; it ended or expired, start again")
+        raise MissingError(f"no such transfer: {one_line(name, 100)}; it ended or expired, start again")
     return transfer
 
 

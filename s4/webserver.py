@@ -14,10 +14,12 @@ from typing import Any
 from waitress import wasyncore
 from waitress.buffers import FileBasedBuffer, OverflowableBuffer, TempfileBasedBuffer
 from waitress.channel import ClientDisconnected, HTTPChannel
+from waitress.receiver import ChunkedReceiver
 from waitress.server import create_server
 
 SPARE_THREADS = 8  # beyond those that may wait
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
+MAX_CHUNK_LINE = 64 * 1024  # bytes of a line between the chunks of a body, or of its trailer
 MAX_CONNECTIONS = 4000  # each costs a microsecond whenever something happens on any of them
 IDLE_SECONDS = 20  # after which a connection without a request is closed
 STALLED_SECONDS = 3600  # the same, when there is an answer that is not read any further, as by a pager
@@ -48,7 +50,7 @@ class WebServer:
             # A listing never waits for a slow reader, while the disk has room: waitress spools what it cannot
             # send to a file.
             outbuf_high_watermark=2**62,
-            max_request_body_size=MAX_REQUEST_BYTES,
+            max_request_body_size=MAX_REQUEST_BYTES + 1,  # the first number that is too large
             ident="s4",
         )
         self._server.channel_class = _Channel
@@ -191,6 +193,14 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             self.request.expect_continue = False
         else:
             super().send_continue()
+
+    def received(self, data: bytes) -> bool:
+        """waitress 3.0.2 takes the lines between chunks however long they are, and copies them each time."""
+        more: bool = super().received(data)
+        body = self.request.body_rcv if self.request is not None else None
+        if isinstance(body, ChunkedReceiver) and len(body.control_line) + len(body.trailer) > MAX_CHUNK_LINE:
+            _close(self)
+        return more
 
     def handle_read(self) -> None:
         answering = self.requests or self.total_outbufs_len

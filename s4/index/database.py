@@ -28,7 +28,7 @@ _PRAGMAS = """
 
 
 RESERVE_BYTES = 1024 * 1024  # several times what the removal of a few hundred keys writes
-IDLE_READERS = 8  # connections kept for further reads; each has two files open
+IDLE_READERS = 8  # connections kept for further reads
 
 # What SQLite says on a full disk, the second when it opens a file: "disk I/O error".
 _NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")

@@ -334,6 +334,12 @@ class JobIndex:
         found: tuple[str, str] | None = row
         return found
 
+    def kept_since(self) -> float:
+        """When this index was made, in seconds since 1970: what there was of jobs before is lost."""
+        with self._db.read() as db:
+            [(made_s,)] = db.execute("SELECT unixepoch(min(applied_at)) FROM _sqlite_migrations")
+        return float(made_s)
+
     def old(self, keep_jobs: int, keep_seconds: float, *, alone: bool) -> list[tuple[str, int]]:
         """The jobs that have ended here and are neither among the newest `keep_jobs` nor young enough: those
         of this node alone, or the others; with their runs. Each kind is counted by itself, so that all nodes
