@@ -385,7 +385,8 @@ class Client:
     def retry(self, job: str, *, detach: bool = False, watch: "Watch | None" = None) -> "JobSummary | None":
         """Run again what failed, was cancelled or was lost of a job, and only that.
 
-        Raises JobError if it does not end well. Returns None if there is nothing to do.
+        Raises JobError if it does not end well, ConflictError while it runs, or another job that does the
+        same. Returns None if there is nothing to do.
 
         Args:
             job: its id, or a beginning of it that no other job has.

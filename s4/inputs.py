@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 from s4.config import Conf
@@ -120,7 +121,11 @@ class Inputs:
         """Whether what is known of a maker was lost with an index, and not pruned."""
         if found.maker.job is None or found.origin is not None:
             return False
-        return found.maker.job == UNKNOWN_JOB or found.created_s < self._jobs.kept_since()
+        return found.maker.job == UNKNOWN_JOB or found.created_s < self._kept_since
+
+    @cached_property
+    def _kept_since(self) -> float:
+        return self._jobs.kept_since()
 
     def half_made(self, path: str) -> list[Maker]:
         """The tasks that made some of the outputs for an input of a shuffle, and did not end well. Raises

@@ -198,10 +198,8 @@ class Jobs:
             largest = max(largest, found.size)
             try:
                 existing += inputs.exists(found.path)
-            except (
-                ConflictError
-            ):  # there is something, but perhaps not all: only who would skip it needs to know
-                if job.skip_existing:
+            except ConflictError:
+                if job.skip_existing:  # only who would skip it needs to know whether it is whole
                     raise
                 existing += 1
         disk = os.statvfs(services.storage.root)
@@ -232,12 +230,12 @@ class Jobs:
         for job_id, run in index.old(keep_jobs, keep_seconds, alone=True) + old:
             if job_id in running:
                 continue
-            job = index.share(job_id)
+            share = index.share(job_id)
             outdir = None
             half_made: list[HalfMade] = []
-            if job.job.kind == MAP_TO_N and job.state != DONE:
-                outdir = parse_folder(job.job.outdir)
+            if share.job.kind == MAP_TO_N and share.state != DONE:
                 try:
+                    outdir = parse_folder(share.job.outdir)
                     half_made = self._half_made(job_id, outdir)
                 except S4Error as e:
                     log.info("job %s is not forgotten yet: %s", job_id, e)
@@ -251,12 +249,13 @@ class Jobs:
         services = self._services
         index = services.job_index
         made = Outputs(services.conf, services.position, services.keys, outdir).own_makers()
-        found = [row for row in index.half_made(outdir) if (row.job, row.task) in made]
+        earlier = [row for row in index.half_made(outdir) if row.job != job_id]
+        found = [row for row in earlier if (row.job, row.task) in made]
         for task in sorted(task for job, task in made if job == job_id):
             known = index.made_from(job_id, task)
             if known is not None and known[1] != DONE:
                 found.append(HalfMade(job_id, task, known[0], outdir))
-        return list(dict.fromkeys(found))
+        return found
 
     def _running_elsewhere(self) -> set[str]:
         """The ids of the jobs that run on other nodes. Raises S4Error if one does not tell."""

@@ -22,6 +22,12 @@ MAX_NUMERIC_PREFIX = 2**63
 
 _ID_DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: none looks like another
 
+# Advice by which the end of a job is told: of a key that exists already, of one that another input of a
+# map-to-n has made, and where trying again what failed would not do.
+REMOVE_FIRST = "keys are immutable, remove it first"
+DIFFERENT_NAMES = "inputs of a map-to-n need different NAMEs"
+START_AGAIN = "start the job again"
+
 
 def url(path: str) -> str:
     """The key or prefix as users write it."""
@@ -33,12 +39,6 @@ def with_scheme(text: str) -> str:
     if not text.startswith(SCHEME):
         raise BadRequestError(f"{text!r} is not an s4 path: write {SCHEME}BUCKET/…")
     return text
-
-
-# What is said of a key that exists already; of one that another input of a map-to-n has made.
-REMOVE_FIRST = "keys are immutable, remove it first"
-DIFFERENT_NAMES = "inputs of a map-to-n need different NAMEs"
-START_AGAIN = "start the job again"  # and not: try again what failed
 
 
 def parse_key(text: str) -> str:

@@ -46,11 +46,10 @@ def run_query(path: str, sql: str, limit: int) -> Iterator[Sequence[Any]]:
         for name, strip in _TRIMS.items():
             for arguments in (1, 2):
                 connection.create_function(name, arguments, functools.partial(_trimmed, strip))
-        printf = functools.partial(_printf, sqlite3.connect(":memory:"))
-        for name in ("printf", "format"):
-            connection.create_function(name, -1, printf)
         connection.set_authorizer(_authorize)
-        with _interrupted_at(deadline, connection):
+        with contextlib.closing(sqlite3.connect(":memory:")) as plain, _interrupted_at(deadline, connection):
+            for name in ("printf", "format"):
+                connection.create_function(name, -1, functools.partial(_printf, plain))
             cursor = connection.execute(sql)
             if cursor.description is None:
                 raise BadRequestError("the query is empty: write one SELECT")
@@ -107,8 +106,8 @@ def _trimmed(strip: Callable[[str, str], str], value: Any, characters: Any = " "
 
 def _printf(plain: sqlite3.Connection, *arguments: Any) -> Any:
     """What SQLite's own prints, which works for seconds at a width of a billion before it says "too big"."""
-    if arguments and _WIDE.search(_text(arguments[0])):
-        raise ValueError("too wide")
+    if arguments and _WIDE.search(_text(arguments[0]).replace("%%", "")):
+        raise ValueError  # which SQLite tells as that of "a user-defined function"
     places = ", ".join("?" * len(arguments))
     [value] = plain.execute(f"SELECT printf({places})", arguments).fetchone()
     return value
@@ -121,6 +120,8 @@ def _text(value: Any) -> str:
 def _refusal(error: Exception) -> str:
     if "authoriz" in str(error):
         return "SQL: only reading is allowed"
+    if "user-defined function" in str(error):
+        return "SQL: printf() and format() take a width and a precision of up to five digits, and no '*'"
     hint = "; s4 sql --schema says what there is" if str(error).startswith("no such") else ""
     return f"SQL: {error}{hint}"
 
